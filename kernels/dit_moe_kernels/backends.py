@@ -1,0 +1,159 @@
+"""Which implementation runs an op: what is available and why not, and how `auto` chooses."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .errors import BackendUnavailableError
+
+logger = logging.getLogger("dit_moe_kernels")
+
+BACKENDS = ("auto", "triton", "cuda", "reference")
+ENV_BACKEND = "DIT_MOE_BACKEND"
+
+# The order in which `auto` tries the backends of each op family on a GPU.
+_PREFERENCE = {
+    "router": ("triton", "reference"),
+    "routing": ("triton", "reference"),
+    "permute": ("cuda", "triton", "reference"),
+    "grouped_gemm": ("triton", "reference"),
+    "swiglu": ("triton", "reference"),
+    "expert_ffn": ("triton", "reference"),
+}
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_local = threading.local()  # .backend: what use_backend() set on this thread
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Make `backend` the one that `backend="auto"` means on this thread, inside the with block.
+
+    Args:
+        backend: "auto", "triton", "cuda" or "reference".
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    _check_name(backend, "use_backend")
+    previous = getattr(_local, "backend", None)
+    _local.backend = backend
+    try:
+        yield
+    finally:
+        _local.backend = previous
+
+
+def availability(backend: str, device: str = "cuda") -> str | None:
+    """Say why `backend` cannot run on this kind of device, or return None if it can.
+
+    Args:
+        backend: "triton", "cuda" or "reference".
+        device: a torch device type, "cuda" or "cpu".
+    """
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _triton_reason(device)
+    if backend == "cuda":
+        return _cuda_reason(device)
+    raise ValueError(f"unknown backend: got {backend!r}, expected one of {BACKENDS[1:]}")
+
+
+def resolve(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
+    """Turn a requested backend into the one that runs.
+
+    Args:
+        backend: the caller's argument; "auto" yields to `use_backend`, then to DIT_MOE_BACKEND, then to the best there is.
+        family: the op family, a key of the preference table.
+        device: type of the device of the inputs.
+        dtype: dtype of the inputs.
+
+    Raises:
+        ValueError: the name is unknown.
+        BackendUnavailableError: a backend asked for by name cannot run this op on these inputs.
+    """
+    if backend == "auto":
+        backend = getattr(_local, "backend", None) or "auto"
+    return _settle(backend, family, device, dtype)
+
+
+@torch.compiler.assume_constant_result  # a lookup in the process's state, which Dynamo need not trace
+def _settle(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
+    if backend == "auto":
+        backend = os.environ.get(ENV_BACKEND, "auto")
+        _check_name(backend, f"environment variable {ENV_BACKEND}")
+    else:
+        _check_name(backend, "backend")
+    if backend == "auto":
+        return _choose(family, device, dtype)
+    reason = _reason_against(backend, family, device, dtype)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {backend!r} cannot run {family}: {reason}")
+    return backend
+
+
+@functools.lru_cache(maxsize=None)
+def _choose(family: str, device: str, dtype: torch.dtype) -> str:
+    """The first backend of the preference list that can run; says once what was chosen and why."""
+    rejected = []
+    for candidate in _PREFERENCE[family]:
+        reason = _reason_against(candidate, family, device, dtype)
+        if reason is None:
+            why = "; ".join(rejected) or "first choice"
+            level = logging.WARNING if candidate == "reference" and device == "cuda" else logging.INFO
+            logger.log(level, "%s on %s (%s): backend %s (%s)", family, device, dtype, candidate, why)
+            return candidate
+        rejected.append(f"not {candidate}: {reason}")
+    raise AssertionError("reference always runs")
+
+
+@functools.lru_cache(maxsize=None)
+def _reason_against(backend: str, family: str, device: str, dtype: torch.dtype) -> str | None:
+    if backend not in _PREFERENCE[family]:
+        return f"it implements only {sorted(f for f, names in _PREFERENCE.items() if backend in names)}"
+    if backend != "reference" and dtype not in _KERNEL_DTYPES:
+        return f"got {dtype}, expected one of {_KERNEL_DTYPES}"
+    return availability(backend, device)
+
+
+def _check_name(name: str, where: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: got {name!r}, expected one of {BACKENDS}")
+
+
+def _triton_reason(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device == "cpu":
+        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+            return None
+        return "the tensors are on the CPU (set TRITON_INTERPRET=1 before the first use to interpret the kernels)"
+    if device != "cuda":
+        return f"got device {device!r}, expected 'cuda'"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return f"got compute capability {torch.cuda.get_device_capability()}, expected (8, 0) or newer"
+    return None
+
+
+def _cuda_reason(device: str) -> str | None:
+    from . import cuda_impl
+
+    if cuda_impl.import_error() is not None:
+        return cuda_impl.import_error()
+    if device != "cuda":
+        return f"got device {device!r}, expected 'cuda'"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is not None:
+        return "the extension is built for NVIDIA GPUs"
+    return None

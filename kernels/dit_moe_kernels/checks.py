@@ -1,0 +1,50 @@
+"""Validators of user input; each raises ValueError or TypeError with what it got and what it expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float(name: str, tensor: Tensor, ndim: int) -> None:
+    """A floating-point tensor with `ndim` dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a Tensor")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {FLOAT_DTYPES}")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {ndim} dimensions")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Exactly this shape."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same device and dtype as another tensor."""
+    check_same_device(name, tensor, other_name, other)
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {other.dtype} as {other_name} has")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same device as another tensor."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected {other.device} as {other_name} has")
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """1 <= top_k <= num_experts."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k: got {top_k}, expected 1 to num_experts = {num_experts}")
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a product with this tensor runs: autocast's where autocast is on, else the tensor's own."""
+    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype

@@ -1,0 +1,186 @@
+"""permute and unpermute: dispatch tokens to their experts' rows, and combine the rows back into tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import backends, checks, reference
+from .library import define_op
+from .routing import RoutingPlan
+
+
+def permute(x: Tensor, plan: RoutingPlan, *, backend: str = "auto") -> Tensor:
+    """Copy every routed slot's token to its row (dispatch): out[row] = x[row_to_token[row]].
+
+    Args:
+        x: (T, D) float, tokens.
+        plan: routing of these T tokens.
+        backend: "auto", "cuda", "triton" or "reference".
+
+    Returns:
+        (N, D) in x's dtype, rows sorted by expert; unused rows are zero. The gradient sums each token's rows in fp32.
+    """
+    checks.check_float("x", x, 2)
+    checks.check_same_device("plan", plan.row_to_slot, "x", x)
+    if x.shape[0] * plan.top_k != plan.num_rows:
+        raise ValueError(f"x: got {x.shape[0]} tokens, expected the plan's {plan.num_rows // plan.top_k}")
+    name = backends.resolve(backend, "permute", x.device.type, x.dtype)
+    return _permute(x, plan.row_to_slot, plan.slot_to_row, plan.top_k, name)
+
+
+def unpermute(y: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Sum each token's K rows (combine): out[t] = sum_k topk_weights[t, k] * y[slot_to_row[t * K + k]].
+
+    Args:
+        y: (N, D) float, rows sorted by expert.
+        plan: the routing that ordered the rows.
+        topk_weights: (T, K) fp32 (fp64 where y is), or None for weights of one.
+        backend: "auto", "cuda", "triton" or "reference".
+
+    Returns:
+        (T, D) in y's dtype, summed over k in fp32 in a fixed order. Unrouted slots add nothing.
+    """
+    checks.check_float("y", y, 2)
+    checks.check_same_device("plan", plan.row_to_slot, "y", y)
+    checks.check_shape("y", y, (plan.num_rows, y.shape[1]))
+    name = backends.resolve(backend, "permute", y.device.type, y.dtype)
+    if topk_weights is None:
+        return _unpermute(y, plan.row_to_slot, plan.slot_to_row, plan.top_k, name)
+    check_topk_weights(topk_weights, y, plan)
+    return _unpermute_weighted(y, topk_weights, plan.row_to_slot, plan.slot_to_row, name)
+
+
+def check_topk_weights(topk_weights: Tensor, like: Tensor, plan: RoutingPlan) -> None:
+    """Shape (T, K), on the device of `like`, in fp32 (fp64 where `like` is fp64)."""
+    checks.check_float("topk_weights", topk_weights, 2)
+    checks.check_same_device("topk_weights", topk_weights, "the input", like)
+    checks.check_shape("topk_weights", topk_weights, (plan.num_rows // plan.top_k, plan.top_k))
+    if topk_weights.dtype != reference.accumulation_dtype(like.dtype):
+        expected = reference.accumulation_dtype(like.dtype)
+        raise TypeError(f"topk_weights: got dtype {topk_weights.dtype}, expected {expected} beside {like.dtype} inputs")
+
+
+def _implementation(backend: str) -> Any:
+    """The module with permute, unpermute and unpermute_backward for a backend; the signatures are reference's."""
+    if backend == "triton":
+        from .triton_impl import permute as module
+
+        return module
+    from .cuda_impl import permute as module
+
+    return module
+
+
+# ---- permute
+
+
+def _permute_impl(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
+    if backend == "reference":
+        return reference.permute(x, row_to_slot, top_k)
+    return _implementation(backend).permute(x.contiguous(), row_to_slot, top_k)
+
+
+def _permute_fake(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
+    return x.new_empty(row_to_slot.shape[0], x.shape[1])
+
+
+def _save_maps(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, row_to_slot, slot_to_row, ctx.top_k, ctx.backend = inputs
+    ctx.save_for_backward(row_to_slot, slot_to_row)
+
+
+def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _unpermute(grad, *ctx.saved_tensors, ctx.top_k, ctx.backend), None, None, None, None
+
+
+_permute = define_op(
+    "permute(Tensor x, Tensor row_to_slot, Tensor slot_to_row, int top_k, str backend) -> Tensor",
+    _permute_impl,
+    _permute_fake,
+    setup_context=_save_maps,
+    backward=_permute_backward,
+)
+
+# ---- unpermute without weights
+
+
+def _unpermute_impl(y: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
+    if backend == "reference":
+        return reference.unpermute(y, None, slot_to_row, top_k)
+    return _implementation(backend).unpermute(y.contiguous(), None, slot_to_row, top_k)
+
+
+def _unpermute_fake(y: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
+    return y.new_empty(slot_to_row.shape[0] // top_k, y.shape[1])
+
+
+def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _permute(grad, *ctx.saved_tensors, ctx.top_k, ctx.backend), None, None, None, None
+
+
+_unpermute = define_op(
+    "unpermute(Tensor y, Tensor row_to_slot, Tensor slot_to_row, int top_k, str backend) -> Tensor",
+    _unpermute_impl,
+    _unpermute_fake,
+    setup_context=_save_maps,
+    backward=_unpermute_backward,
+)
+
+# ---- unpermute with weights
+
+
+def _weighted_impl(y: Tensor, topk_weights: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, backend: str) -> Tensor:
+    top_k = topk_weights.shape[1]
+    if backend == "reference":
+        return reference.unpermute(y, topk_weights, slot_to_row, top_k)
+    return _implementation(backend).unpermute(y.contiguous(), topk_weights.contiguous(), slot_to_row, top_k)
+
+
+def _weighted_fake(y: Tensor, topk_weights: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, backend: str) -> Tensor:
+    return y.new_empty(topk_weights.shape[0], y.shape[1])
+
+
+def _weighted_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _weighted_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y, topk_weights, row_to_slot, _ = ctx.saved_tensors
+    dy, dweights = _unpermute_weighted_backward(grad, y, topk_weights, row_to_slot, ctx.backend)
+    return dy, dweights, None, None, None
+
+
+_unpermute_weighted = define_op(
+    "unpermute_weighted(Tensor y, Tensor topk_weights, Tensor row_to_slot, Tensor slot_to_row, str backend) -> Tensor",
+    _weighted_impl,
+    _weighted_fake,
+    setup_context=_weighted_setup,
+    backward=_weighted_backward,
+)
+
+
+def _weighted_backward_impl(
+    grad: Tensor, y: Tensor, topk_weights: Tensor, row_to_slot: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        return reference.unpermute_backward(grad, y, topk_weights, row_to_slot)
+    return _implementation(backend).unpermute_backward(
+        grad.contiguous(), y.contiguous(), topk_weights.contiguous(), row_to_slot
+    )
+
+
+def _weighted_backward_fake(
+    grad: Tensor, y: Tensor, topk_weights: Tensor, row_to_slot: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), topk_weights.new_empty(topk_weights.shape)
+
+
+_unpermute_weighted_backward = define_op(
+    "unpermute_weighted_backward(Tensor grad, Tensor y, Tensor topk_weights, Tensor row_to_slot, str backend)"
+    " -> (Tensor, Tensor)",
+    _weighted_backward_impl,
+    _weighted_backward_fake,
+)

@@ -1,0 +1,152 @@
+"""Plain PyTorch reference of every op: any device, any float dtype, differentiable by autograd.
+
+These functions are the executable specification, the tests' oracle and the fallback where no kernel can run. Shape
+suffixes: T tokens, K top_k, N = T*K rows (slots, sorted by expert), E experts, D model width, F expert width,
+I/O a GEMM's input/output width. A slot is t*K + k; a row is its place after sorting by expert. Products of 16-bit tensors
+accumulate in fp32 inside torch.matmul; sums over the K choices and activations are computed in fp32 (fp64 for fp64).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and activations are computed: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over all experts, then the top_k largest without renormalisation (paper section 2.2).
+
+    Equal probabilities are taken in the order of expert ids; NaN counts as larger than any number.
+
+    Returns:
+        probs_TE, topk_weights_TK, topk_ids_TK (int32), the choices in descending order.
+    """
+    probs_TE = logits_TE.softmax(dim=-1)
+    ids_TK = probs_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return probs_TE, probs_TE.gather(1, ids_TK), ids_TK.int()
+
+
+def routing_plan(topk_ids_TK: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
+    """Sort slots by expert, stably; see `dit_moe_kernels.RoutingPlan` for the six int32 tensors returned."""
+    num_slots, top_k = topk_ids_TK.numel(), topk_ids_TK.shape[1]
+    device = topk_ids_TK.device
+    ids_N = topk_ids_TK.reshape(-1).long()
+    routed_N = (ids_N >= 0) & (ids_N < num_experts)
+    key_N = torch.where(routed_N, ids_N, num_experts)  # unrouted slots sort behind the last expert
+    row_to_slot_N = key_N.argsort(stable=True)
+    slot_to_row_N = torch.empty_like(row_to_slot_N)
+    slot_to_row_N[row_to_slot_N] = torch.arange(num_slots, device=device)
+    slot_to_row_N = torch.where(routed_N, slot_to_row_N, -1)
+    row_to_slot_N = torch.where(routed_N[row_to_slot_N], row_to_slot_N, -1)
+
+    experts = torch.arange(num_experts, device=device)
+    tokens_per_expert_E = (key_N[:, None] == experts).sum(0)
+    offsets = F.pad(tokens_per_expert_E.cumsum(0), (1, 0))
+
+    # Tile schedule: every expert's rows cut into tiles of tile_rows; unused entries of the upper bound hold expert -1.
+    tiles_E = (tokens_per_expert_E + tile_rows - 1) // tile_rows
+    tile_ends_E = tiles_E.cumsum(0)
+    tile = torch.arange(max_tiles(num_slots, num_experts, tile_rows), device=device)
+    tile_expert = torch.searchsorted(tile_ends_E, tile, right=True)
+    used = tile_expert < num_experts
+    owner = tile_expert.clamp(max=num_experts - 1)
+    tile_row = offsets[owner] + (tile - (tile_ends_E - tiles_E)[owner]) * tile_rows
+    tile_expert, tile_row = torch.where(used, tile_expert, -1), torch.where(used, tile_row, 0)
+    plan = (tokens_per_expert_E, offsets, row_to_slot_N, slot_to_row_N, tile_expert, tile_row)
+    return tuple(part.int() for part in plan)
+
+
+def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
+    """Upper bound on the number of row tiles, whatever the routing: each expert ends at most one partial tile."""
+    return -(-num_rows // tile_rows) + min(num_experts, num_rows) - (1 if num_rows else 0)
+
+
+def permute(x_TD: Tensor, row_to_slot_N: Tensor, top_k: int) -> Tensor:
+    """Copy each routed slot's token to its row: x_TD -> x_ND; rows without a slot are zero."""
+    token_N = row_to_slot_N.clamp(min=0).long() // top_k
+    return x_TD[token_N].masked_fill((row_to_slot_N < 0)[:, None], 0)
+
+
+def unpermute(y_ND: Tensor, topk_weights_TK: Tensor | None, slot_to_row_N: Tensor, top_k: int) -> Tensor:
+    """Sum each token's rows over its K slots, weighted if weights are given: y_ND -> y_TD; unrouted slots add zero."""
+    wide = accumulation_dtype(y_ND.dtype)
+    rows_TK = slot_to_row_N.view(-1, top_k)
+    y_TKD = y_ND.new_zeros(rows_TK.shape[0], top_k, y_ND.shape[1], dtype=wide)
+    if y_ND.shape[0]:
+        y_TKD = y_ND[rows_TK.clamp(min=0).long()].to(wide)
+    if topk_weights_TK is not None:
+        y_TKD = y_TKD * topk_weights_TK.to(wide)[:, :, None]
+    # where, not a product: an unrouted slot's clamped row may hold anything
+    return torch.where((rows_TK >= 0)[:, :, None], y_TKD, 0).sum(1).to(y_ND.dtype)
+
+
+def unpermute_backward(
+    dout_TD: Tensor, y_ND: Tensor, topk_weights_TK: Tensor, row_to_slot_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weighted `unpermute`: dy[row] = w * dout[token], dw[slot] = <dout[token], y[row]>."""
+    wide = accumulation_dtype(y_ND.dtype)
+    used_N = row_to_slot_N >= 0
+    slot_N = row_to_slot_N.clamp(min=0).long()
+    dout_ND = dout_TD[slot_N // topk_weights_TK.shape[1]].to(wide)
+    dy_ND = torch.where(used_N[:, None], dout_ND * topk_weights_TK.to(wide).reshape(-1)[slot_N, None], 0)
+    dots_N = torch.where(used_N, (dout_ND * y_ND.to(wide)).sum(1), 0)
+    dweights = torch.zeros_like(topk_weights_TK, dtype=wide).view(-1).index_add(0, slot_N, dots_N)
+    return dy_ND.to(y_ND.dtype), dweights.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
+
+
+def grouped_gemm(x_NI: Tensor, w_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Multiply each expert's rows by its weight: out[r] = w[e(r)] @ x[r]; rows past expert_offsets[-1] are zero."""
+    return _per_expert(expert_offsets, x_NI.shape[0], lambda e, rows: x_NI[rows] @ w_EOI[e].T, x_NI, w_EOI.shape[1])
+
+
+def grouped_gemm_dx(dout_NO: Tensor, w_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Gradient of `grouped_gemm` for its input: dx[r] = w[e(r)]^T @ dout[r]."""
+    return _per_expert(expert_offsets, dout_NO.shape[0], lambda e, rows: dout_NO[rows] @ w_EOI[e], dout_NO, w_EOI.shape[2])
+
+
+def grouped_gemm_dw(dout_NO: Tensor, x_NI: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Gradient of `grouped_gemm` for its weights: dw[e] = sum over the expert's rows of dout[r] x[r]^T; zero if empty."""
+    bounds = expert_offsets.tolist()
+    return torch.stack([dout_NO[a:b].T @ x_NI[a:b] for a, b in zip(bounds, bounds[1:])])
+
+
+def _per_expert(expert_offsets: Tensor, num_rows: int, product, like: Tensor, width: int) -> Tensor:
+    bounds = expert_offsets.tolist()
+    parts = [product(e, slice(a, b)) for e, (a, b) in enumerate(zip(bounds, bounds[1:]))]
+    return torch.cat([*parts, like.new_zeros(num_rows - bounds[-1], width)])
+
+
+def swiglu(h_N2F: Tensor) -> Tensor:
+    """silu(gate) * up, where gate is the first half of the columns and up the second (Shazeer 2020, eq. 6)."""
+    gate_NF, up_NF = h_N2F.to(accumulation_dtype(h_N2F.dtype)).chunk(2, dim=-1)
+    return (F.silu(gate_NF) * up_NF).to(h_N2F.dtype)
+
+
+def swiglu_backward(dout_NF: Tensor, h_N2F: Tensor) -> Tensor:
+    """Gradient of `swiglu`: with s = sigmoid(gate), dgate = dout * up * s * (1 + gate * (1 - s)), dup = dout * gate * s."""
+    wide = accumulation_dtype(h_N2F.dtype)
+    gate_NF, up_NF = h_N2F.to(wide).chunk(2, dim=-1)
+    s_NF, dout_NF = gate_NF.sigmoid(), dout_NF.to(wide)
+    dgate_NF = dout_NF * up_NF * s_NF * (1 + gate_NF * (1 - s_NF))
+    return torch.cat([dgate_NF, dout_NF * gate_NF * s_NF], dim=-1).to(h_N2F.dtype)
+
+
+def expert_ffn(
+    x_TD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    topk_weights_TK: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot_N: Tensor,
+    slot_to_row_N: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """permute, w13, SwiGLU, w2, weighted unpermute; also returns the pre-activations h_N2F."""
+    top_k = topk_weights_TK.shape[1]
+    h_N2F = grouped_gemm(permute(x_TD, row_to_slot_N, top_k), w13_E2FD, expert_offsets)
+    y_ND = grouped_gemm(swiglu(h_N2F), w2_EDF, expert_offsets)
+    return unpermute(y_ND, topk_weights_TK, slot_to_row_N, top_k), h_N2F
