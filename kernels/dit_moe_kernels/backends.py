@@ -71,7 +71,7 @@ def resolve(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
     """Turn a requested backend into the one that runs.
 
     Args:
-        backend: the caller's argument; "auto" yields to `use_backend`, then to DIT_MOE_BACKEND, then to the best there is.
+        backend: the caller's argument; "auto" yields to `use_backend`, then DIT_MOE_BACKEND, then the best there is.
         family: the op family, a key of the preference table.
         device: type of the device of the inputs.
         dtype: dtype of the inputs.
@@ -100,7 +100,7 @@ def _settle(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
     return backend
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _choose(family: str, device: str, dtype: torch.dtype) -> str:
     """The first backend of the preference list that can run; says once what was chosen and why."""
     rejected = []
@@ -115,7 +115,7 @@ def _choose(family: str, device: str, dtype: torch.dtype) -> str:
     raise AssertionError("reference always runs")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _reason_against(backend: str, family: str, device: str, dtype: torch.dtype) -> str | None:
     if backend not in _PREFERENCE[family]:
         return f"it implements only {sorted(f for f, names in _PREFERENCE.items() if backend in names)}"

@@ -31,6 +31,13 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {other.dtype} as {other_name} has")
 
 
+def check_same_product_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same device, and same dtype once autocast (if it is on) has cast both."""
+    check_same_device(name, tensor, other_name, other)
+    if autocast_dtype(tensor) != autocast_dtype(other):
+        check_like(name, tensor, other_name, other)
+
+
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Same device as another tensor."""
     if tensor.device != other.device:

@@ -18,17 +18,33 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def router_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
+    """Scores of all experts, product and result in fp32 (fp64 for fp64): x_TD -> logits_TE."""
+    wide = accumulation_dtype(torch.promote_types(x_TD.dtype, gate_ED.dtype))
+    return x_TD.to(wide) @ gate_ED.to(wide).T
+
+
 def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over all experts, then the top_k largest without renormalisation (paper section 2.2).
 
     Equal probabilities are taken in the order of expert ids; NaN counts as larger than any number.
 
     Returns:
-        probs_TE, topk_weights_TK, topk_ids_TK (int32), the choices in descending order.
+        topk_weights_TK, topk_ids_TK (int32) in descending order of probability, probs_TE.
     """
     probs_TE = logits_TE.softmax(dim=-1)
-    ids_TK = probs_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    return probs_TE, probs_TE.gather(1, ids_TK), ids_TK.int()
+    ids_TK = probs_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return probs_TE.gather(1, ids_TK), ids_TK.int(), probs_TE
+
+
+def topk_softmax_backward(
+    dweights_TK: Tensor | None, dprobs_TE: Tensor | None, topk_ids_TK: Tensor, probs_TE: Tensor
+) -> Tensor:
+    """Gradient for the logits: with g = dprobs plus dweights scattered to their experts, p * (g - sum_e p_e g_e)."""
+    g_TE = torch.zeros_like(probs_TE) if dprobs_TE is None else dprobs_TE
+    if dweights_TK is not None:
+        g_TE = g_TE.scatter_add(1, topk_ids_TK.long(), dweights_TK)
+    return probs_TE * (g_TE - (probs_TE * g_TE).sum(-1, keepdim=True))
 
 
 def routing_plan(topk_ids_TK: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
@@ -106,7 +122,9 @@ def grouped_gemm(x_NI: Tensor, w_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
 
 def grouped_gemm_dx(dout_NO: Tensor, w_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
     """Gradient of `grouped_gemm` for its input: dx[r] = w[e(r)]^T @ dout[r]."""
-    return _per_expert(expert_offsets, dout_NO.shape[0], lambda e, rows: dout_NO[rows] @ w_EOI[e], dout_NO, w_EOI.shape[2])
+    return _per_expert(
+        expert_offsets, dout_NO.shape[0], lambda e, rows: dout_NO[rows] @ w_EOI[e], dout_NO, w_EOI.shape[2]
+    )
 
 
 def grouped_gemm_dw(dout_NO: Tensor, x_NI: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -150,3 +168,33 @@ def expert_ffn(
     h_N2F = grouped_gemm(permute(x_TD, row_to_slot_N, top_k), w13_E2FD, expert_offsets)
     y_ND = grouped_gemm(swiglu(h_N2F), w2_EDF, expert_offsets)
     return unpermute(y_ND, topk_weights_TK, slot_to_row_N, top_k), h_N2F
+
+
+def expert_ffn_backward(
+    dout_TD: Tensor,
+    h_N2F: Tensor,
+    x_TD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    topk_weights_TK: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot_N: Tensor,
+    slot_to_row_N: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `expert_ffn` for x, w13, w2 and the router weights, recomputing all but h.
+
+    The router weight's gradient <dout, w2 a> equals <w2^T dout, a>, so the output rows need not be kept.
+    """
+    wide, top_k = accumulation_dtype(x_TD.dtype), topk_weights_TK.shape[1]
+    slot_N = row_to_slot_N.clamp(min=0).long()
+    weight_N1 = topk_weights_TK.reshape(-1)[slot_N, None].to(wide)
+    a_NF, dout_ND = swiglu(h_N2F), permute(dout_TD, row_to_slot_N, top_k)
+    g_NF = grouped_gemm_dx(dout_ND, w2_EDF, expert_offsets)
+
+    dots_N = torch.where(row_to_slot_N >= 0, (g_NF.to(wide) * a_NF.to(wide)).sum(1), 0)
+    dweights_TK = torch.zeros_like(topk_weights_TK, dtype=wide).view(-1).index_add(0, slot_N, dots_N)
+    dw2_EDF = grouped_gemm_dw((dout_ND.to(wide) * weight_N1).to(x_TD.dtype), a_NF, expert_offsets)
+    dh_N2F = swiglu_backward((g_NF.to(wide) * weight_N1).to(x_TD.dtype), h_N2F)
+    dw13_E2FD = grouped_gemm_dw(dh_N2F, permute(x_TD, row_to_slot_N, top_k), expert_offsets)
+    dx_TD = unpermute(grouped_gemm_dx(dh_N2F, w13_E2FD, expert_offsets), None, slot_to_row_N, top_k)
+    return dx_TD, dw13_E2FD, dw2_EDF, dweights_TK.view_as(topk_weights_TK).to(topk_weights_TK.dtype)

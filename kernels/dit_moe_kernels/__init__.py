@@ -1,0 +1,31 @@
+"""dit_moe_kernels: dropless mixture-of-experts ops for PyTorch, as Triton and CUDA kernels with a plain reference.
+
+Ops, in the order of a layer: router_logits, topk_softmax, make_routing_plan, then either the fused expert_ffn or the
+unfused permute, grouped_gemm, swiglu, grouped_gemm, unpermute. All are torch.library ops with autograd.
+"""
+
+from .activation import swiglu
+from .backends import BACKENDS, availability, use_backend
+from .errors import BackendUnavailableError, KernelError
+from .expert_ffn import expert_ffn
+from .grouped_gemm import grouped_gemm
+from .permute import permute, unpermute
+from .router import router_logits, topk_softmax
+from .routing import RoutingPlan, make_routing_plan
+
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailableError",
+    "KernelError",
+    "RoutingPlan",
+    "availability",
+    "expert_ffn",
+    "grouped_gemm",
+    "make_routing_plan",
+    "permute",
+    "router_logits",
+    "swiglu",
+    "topk_softmax",
+    "unpermute",
+    "use_backend",
+]

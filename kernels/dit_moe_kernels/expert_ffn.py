@@ -1,0 +1,146 @@
+"""expert_ffn: the routed experts as one op, from tokens to tokens, with the fusions that the unfused ops cannot have.
+
+Forward: gather + w13 product + SwiGLU in one kernel, w2 product, weighted combine. Saved for backward: x, the
+pre-activations h (only when a backward will come), the weights and the plan; everything else is recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, reference
+from .library import define_op
+from .permute import check_topk_weights
+from .routing import RoutingPlan
+
+
+def expert_ffn(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, plan: RoutingPlan, *, backend: str = "auto"
+) -> Tensor:
+    """Send each token through its experts' SwiGLU networks and sum the weighted results (paper section 2.2).
+
+    out[t] = sum_k topk_weights[t, k] * w2[e] @ swiglu(w13[e] @ x[t]) with e = topk_ids[t, k].
+
+    Args:
+        x: (T, D) float, tokens.
+        w13: (E, 2F, D) float, gate rows first, then up rows.
+        w2: (E, D, F) float.
+        topk_weights: (T, K) fp32 (fp64 where x is).
+        plan: routing of these T tokens to these E experts.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        (T, D), in autocast's dtype under autocast, else in x's dtype, which w13 and w2 must share.
+    """
+    checks.check_float("x", x, 2)
+    check_expert_weights(w13, w2, x)
+    checks.check_same_device("plan", plan.row_to_slot, "x", x)
+    checks.check_shape("w13", w13, (plan.num_experts, *w13.shape[1:]))
+    if x.shape[0] * plan.top_k != plan.num_rows:
+        raise ValueError(f"x: got {x.shape[0]} tokens, expected the plan's {plan.num_rows // plan.top_k}")
+    dtype = checks.autocast_dtype(x)
+    check_topk_weights(topk_weights, x, plan)
+    name = backends.resolve(backend, "expert_ffn", x.device.type, dtype)
+    tensors = (x.to(dtype), w13.to(dtype), w2.to(dtype), topk_weights)
+    save_h = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return _expert_ffn(*tensors, *plan[1:7], save_h, name)[0]
+
+
+def check_expert_weights(w13: Tensor, w2: Tensor, x: Tensor) -> None:
+    """Shapes (E, 2F, D) and (E, D, F); x's device and, after autocast, x's dtype."""
+    for name, w in (("w13", w13), ("w2", w2)):
+        checks.check_float(name, w, 3)
+        checks.check_same_product_dtype(name, w, "x", x)
+    num_experts, double_width, hidden_size = w13.shape
+    if double_width % 2:
+        raise ValueError(f"w13: got shape {tuple(w13.shape)}, expected (E, 2F, D) with an even second size")
+    checks.check_shape("x", x, (x.shape[0], hidden_size))
+    checks.check_shape("w2", w2, (num_experts, hidden_size, double_width // 2))
+
+
+# The plan's tensors as the ops take them, in RoutingPlan's order from expert_offsets to tile_rows.
+_PLAN_SCHEMA = (
+    "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor tile_expert, Tensor tile_row, int tile_rows"
+)
+
+
+def _forward_impl(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    tile_expert: Tensor,
+    tile_row: Tensor,
+    tile_rows: int,
+    save_h: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    tensors = [t.contiguous() for t in (x, w13, w2, topk_weights)]
+    if backend == "triton":
+        from .triton_impl import expert_ffn as kernels
+
+        return kernels.expert_ffn(
+            *tensors, expert_offsets, row_to_slot, slot_to_row, tile_expert, tile_row, tile_rows, save_h
+        )
+    y, h = reference.expert_ffn(*tensors, expert_offsets, row_to_slot, slot_to_row)
+    return y, h if save_h else h.new_empty(0, h.shape[1])
+
+
+def _forward_fake(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, save_h, _backend = rest
+    num_rows = topk_weights.shape[0] * topk_weights.shape[1]
+    return x.new_empty(x.shape), x.new_empty(num_rows if save_h else 0, w13.shape[1])
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.tile_rows, _save_h, ctx.backend = inputs
+    h = output[1]
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, h)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _dh: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 12
+    *inputs, h = ctx.saved_tensors
+    grads = _expert_ffn_backward(grad, h, *inputs, ctx.tile_rows, ctx.backend)
+    return (*grads, *(None,) * 8)
+
+
+_expert_ffn = define_op(
+    f"expert_ffn(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, {_PLAN_SCHEMA}, bool save_h, str backend)"
+    " -> (Tensor, Tensor)",
+    _forward_impl,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def _backward_impl(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, *rest: Any):
+    *plan, backend = rest
+    tensors = [t.contiguous() for t in (grad, h, x, w13, w2, topk_weights)]
+    if backend == "triton":
+        from .triton_impl import expert_ffn as kernels
+
+        return kernels.expert_ffn_backward(*tensors, *plan)
+    return reference.expert_ffn_backward(*tensors, *plan[:3])
+
+
+def _backward_fake(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, *_: Any):
+    return tuple(t.new_empty(t.shape) for t in (x, w13, w2, topk_weights))
+
+
+_expert_ffn_backward = define_op(
+    "expert_ffn_backward(Tensor grad, Tensor h, Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, "
+    f"{_PLAN_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)
