@@ -7,6 +7,7 @@ their last argument, so that a backward runs on the backend of its forward, what
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,22 @@ def define_op(
     qualified = f"{NAMESPACE}::{name}"
     # pt2_compliant_tag: the op has a fake and no hidden state, so torch.compile may take it in a full graph.
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, impl, device)
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(name, _without_autocast(impl, device), device.upper())
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.dit_moe, name).default
+
+
+def _without_autocast(impl: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Keep autocast out of an implementation: the public functions have already chosen each op's dtypes."""
+
+    @functools.wraps(impl)
+    def run(*args: Any) -> Any:
+        if not torch.is_autocast_enabled(device):
+            return impl(*args)
+        with torch.autocast(device, enabled=False):
+            return impl(*args)
+
+    return run

@@ -2,11 +2,13 @@
 
 These functions are the executable specification, the tests' oracle and the fallback where no kernel can run. Shape
 suffixes: T tokens, K top_k, N = T*K rows (slots, sorted by expert), E experts, D model width, F expert width,
-I/O a GEMM's input/output width. A slot is t*K + k; a row is its place after sorting by expert. Products of 16-bit tensors
+I/O a GEMM's input/output width. A slot is t*K + k; a row is its place after sorting by expert. 16-bit products
 accumulate in fp32 inside torch.matmul; sums over the K choices and activations are computed in fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +51,7 @@ def topk_softmax_backward(
 
 def routing_plan(topk_ids_TK: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
     """Sort slots by expert, stably; see `dit_moe_kernels.RoutingPlan` for the six int32 tensors returned."""
-    num_slots, top_k = topk_ids_TK.numel(), topk_ids_TK.shape[1]
-    device = topk_ids_TK.device
+    num_slots, device = topk_ids_TK.numel(), topk_ids_TK.device
     ids_N = topk_ids_TK.reshape(-1).long()
     routed_N = (ids_N >= 0) & (ids_N < num_experts)
     key_N = torch.where(routed_N, ids_N, num_experts)  # unrouted slots sort behind the last expert
@@ -117,26 +118,28 @@ def unpermute_backward(
 
 def grouped_gemm(x_NI: Tensor, w_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
     """Multiply each expert's rows by its weight: out[r] = w[e(r)] @ x[r]; rows past expert_offsets[-1] are zero."""
-    return _per_expert(expert_offsets, x_NI.shape[0], lambda e, rows: x_NI[rows] @ w_EOI[e].T, x_NI, w_EOI.shape[1])
+    return _per_expert(expert_offsets, x_NI, lambda e, rows: x_NI[rows] @ w_EOI[e].T, w_EOI.shape[1])
 
 
 def grouped_gemm_dx(dout_NO: Tensor, w_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
     """Gradient of `grouped_gemm` for its input: dx[r] = w[e(r)]^T @ dout[r]."""
-    return _per_expert(
-        expert_offsets, dout_NO.shape[0], lambda e, rows: dout_NO[rows] @ w_EOI[e], dout_NO, w_EOI.shape[2]
-    )
+    return _per_expert(expert_offsets, dout_NO, lambda e, rows: dout_NO[rows] @ w_EOI[e], w_EOI.shape[2])
 
 
 def grouped_gemm_dw(dout_NO: Tensor, x_NI: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Gradient of `grouped_gemm` for its weights: dw[e] = sum over the expert's rows of dout[r] x[r]^T; zero if empty."""
-    bounds = expert_offsets.tolist()
-    return torch.stack([dout_NO[a:b].T @ x_NI[a:b] for a, b in zip(bounds, bounds[1:])])
+    """Gradient of `grouped_gemm` for its weights: dw[e] = sum over its rows of dout[r] x[r]^T; zero if empty."""
+    return torch.stack([dout_NO[rows].T @ x_NI[rows] for rows in _expert_slices(expert_offsets)])
 
 
-def _per_expert(expert_offsets: Tensor, num_rows: int, product, like: Tensor, width: int) -> Tensor:
+def _per_expert(expert_offsets: Tensor, rows_N: Tensor, product: Callable[[int, slice], Tensor], width: int) -> Tensor:
+    slices = _expert_slices(expert_offsets)
+    parts = [product(e, rows) for e, rows in enumerate(slices)]
+    return torch.cat([*parts, rows_N.new_zeros(rows_N.shape[0] - slices[-1].stop, width)])
+
+
+def _expert_slices(expert_offsets: Tensor) -> list[slice]:
     bounds = expert_offsets.tolist()
-    parts = [product(e, slice(a, b)) for e, (a, b) in enumerate(zip(bounds, bounds[1:]))]
-    return torch.cat([*parts, like.new_zeros(num_rows - bounds[-1], width)])
+    return [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def swiglu(h_N2F: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ def swiglu(h_N2F: Tensor) -> Tensor:
 
 
 def swiglu_backward(dout_NF: Tensor, h_N2F: Tensor) -> Tensor:
-    """Gradient of `swiglu`: with s = sigmoid(gate), dgate = dout * up * s * (1 + gate * (1 - s)), dup = dout * gate * s."""
+    """Gradient of `swiglu`: dgate = dout * up * s * (1 + gate * (1 - s)), dup = dout * gate * s, s = sigmoid(gate)."""
     wide = accumulation_dtype(h_N2F.dtype)
     gate_NF, up_NF = h_N2F.to(wide).chunk(2, dim=-1)
     s_NF, dout_NF = gate_NF.sigmoid(), dout_NF.to(wide)

@@ -39,8 +39,8 @@ def topk_softmax(logits: Tensor, top_k: int, *, backend: str = "auto") -> tuple[
         backend: "auto", "triton" or "reference".
 
     Returns:
-        topk_weights (T, K) in logits' dtype in descending order, topk_ids (T, K) int32, probs (T, E). Ties go to the lower
-        id. A row with a NaN or +inf has NaN weights and K distinct valid ids, so that the NaN shows and nothing crashes.
+        topk_weights (T, K) in logits' dtype in descending order, topk_ids (T, K) int32, probs (T, E). Ties go to the
+        lower id. A row with a NaN or +inf has NaN weights and K distinct valid ids: the NaN shows, nothing crashes.
     """
     checks.check_float("logits", logits, 2)
     if logits.dtype not in (torch.float32, torch.float64):
