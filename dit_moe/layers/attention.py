@@ -1,0 +1,46 @@
+"""Multi-head self-attention of DiT."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .init import xavier_linear_
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens of an image, scaled by head_dim^-0.5, without mask or dropout.
+
+    Args:
+        hidden_size: D, width of a token.
+        num_heads: heads of hidden_size / num_heads each.
+        qk_norm: LayerNorm with affine weights over each head's queries and keys, as in DiT-MoE-XL and -G.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size: got {hidden_size}, expected a multiple of num_heads = {num_heads}")
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier uniform weights, zero biases."""
+        xavier_linear_(self.qkv)
+        xavier_linear_(self.proj)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        batch, tokens, hidden_size = x_BND.shape
+        heads = self.qkv(x_BND).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q_BHNd, k_BHNd, v_BHNd = heads.unbind(0)
+        out_BHNd = F.scaled_dot_product_attention(self.q_norm(q_BHNd), self.k_norm(k_BHNd), v_BHNd)
+        return self.proj(out_BHNd.transpose(1, 2).reshape(batch, tokens, hidden_size))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"

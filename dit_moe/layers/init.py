@@ -1,0 +1,33 @@
+"""Weight initialisation shared by the layers."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+def xavier_uniform_stacked_(weight: Tensor, parts: int = 1) -> None:
+    """Xavier uniform, in place, for a weight that stacks several matrices.
+
+    Each matrix gets the bound of its own shape (Glorot & Bengio 2010, equation 16), as if it were a separate Linear.
+
+    Args:
+        weight: (..., parts * O, I) float; leading dimensions count matrices.
+        parts: how many matrices of (O, I) lie one above the other in the last two dimensions.
+    """
+    fan_out, fan_in = weight.shape[-2] // parts, weight.shape[-1]
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def xavier_linear_(linear: nn.Linear) -> None:
+    """Xavier uniform weight and zero bias, in place."""
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def zero_linear_(linear: nn.Linear) -> None:
+    """Zero weight and bias, in place."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)

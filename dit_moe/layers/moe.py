@@ -1,0 +1,119 @@
+"""MoEFeedForward: the mixture-of-experts layer, ready to stand in any transformer block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import balance_loss
+from .experts import GroupedExperts
+from .mlp import SwiGLU
+from .router import TopKRouter
+
+
+class MoEOutput(NamedTuple):
+    """What `MoEFeedForward` returns.
+
+    hidden: (..., D), the layer's output.
+    balance_loss: () fp32 (fp64 for fp64 inputs), to be added to the training loss by the caller.
+    tokens_per_expert: (E,) int32, how many of the T * K choices fell on each expert.
+    """
+
+    hidden: Tensor
+    balance_loss: Tensor
+    tokens_per_expert: Tensor
+
+
+class MoEFeedForward(nn.Module):
+    """Dropless mixture of SwiGLU experts with a shared expert: the feed-forward layer of DiT-MoE.
+
+    hidden = sum_k topk_weights[k] * expert[topk_ids[k]](x) + shared_expert(x), where the weights are the top_k largest
+    of the softmax over all experts, not renormalised (arXiv 2407.11633, section 2.2). No token is dropped whatever the
+    load, and nothing waits for the GPU.
+
+    The balance loss is returned, never injected into the backward pass, so it survives loss scaling and gradient
+    accumulation like any other term:
+
+        out = moe(x)
+        loss = task_loss(x + out.hidden) + out.balance_loss
+
+    Args:
+        hidden_size: D, width of a token.
+        expert_hidden_size: F, hidden width of one routed expert (4 * D in the paper's models).
+        num_experts: E, routed experts.
+        top_k: K, routed experts that each token visits.
+        num_shared_experts: the shared expert is one SwiGLU of width num_shared_experts * D; 0 means none.
+        shared_hidden_size: another width of the shared expert, instead of num_shared_experts * D.
+        balance_alpha: factor of the balance loss; the paper says 0.005, the official code ships 0.01.
+        backend: "auto", "triton", "cuda" or "reference", see `dit_moe_kernels.use_backend`.
+        device, dtype: of the weights.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        num_shared_experts: int = 2,
+        *,
+        shared_hidden_size: int | None = None,
+        balance_alpha: float = 0.01,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if shared_hidden_size is None:
+            shared_hidden_size = num_shared_experts * hidden_size
+        for name, size in (("hidden_size", hidden_size), ("expert_hidden_size", expert_hidden_size)):
+            if size < 1:
+                raise ValueError(f"{name}: got {size}, expected at least 1")
+        for name, size in (("shared expert's width", shared_hidden_size), ("balance_alpha", balance_alpha)):
+            if size < 0:
+                raise ValueError(f"{name}: got {size}, expected 0 or more")
+        options = {"backend": backend, "device": device, "dtype": dtype}
+        self.hidden_size, self.balance_alpha = hidden_size, balance_alpha
+        self.gate = TopKRouter(hidden_size, num_experts, top_k, **options)
+        self.experts = GroupedExperts(hidden_size, expert_hidden_size, num_experts, **options)
+        self.shared_experts = SwiGLU(hidden_size, shared_hidden_size, **options) if shared_hidden_size else None
+
+    def forward(self, x: Tensor, router_x: Tensor | None = None) -> MoEOutput:
+        """Apply the layer to every token.
+
+        Args:
+            x: (..., D) float, tokens; zero tokens are fine.
+            router_x: (..., D) float, what the router sees instead of x, for instance features before modulation.
+
+        Returns:
+            MoEOutput; hidden has x's shape, and x's dtype or autocast's.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, width or shape, or tensors on different devices.
+        """
+        x_TD = self._tokens("x", x)
+        routing = self.gate(x_TD if router_x is None else self._tokens("router_x", router_x, like=x))
+        hidden_TD = self.experts(x_TD, routing.topk_weights, routing.plan)
+        if self.shared_experts is not None:
+            hidden_TD = hidden_TD + self.shared_experts(x_TD)
+        tokens_per_expert_E = routing.plan.tokens_per_expert
+        loss = balance_loss(routing.probs, tokens_per_expert_E, self.gate.top_k, self.balance_alpha)
+        return MoEOutput(hidden_TD.view(x.shape), loss, tokens_per_expert_E)
+
+    def _tokens(self, name: str, x: Tensor, like: Tensor | None = None) -> Tensor:
+        """Check an input and flatten it to (T, D)."""
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: got dtype {x.dtype}, expected a floating-point dtype")
+        if x.ndim == 0 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (..., {self.hidden_size})")
+        if like is not None and x.shape != like.shape:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(like.shape)} as x has")
+        return x.reshape(-1, self.hidden_size)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, balance_alpha={self.balance_alpha}"

@@ -1,0 +1,70 @@
+"""TopKRouter: choose the experts of each token."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dit_moe_kernels import RoutingPlan, make_routing_plan, router_logits, topk_softmax
+
+
+class Routing(NamedTuple):
+    """Which experts each token visits, and how much of each it takes.
+
+    topk_weights: (T, K) fp32, probabilities of the chosen experts, not renormalised; carries the router's gradient.
+    topk_ids: (T, K) int32, the chosen experts.
+    probs: (T, E) fp32, probabilities of all experts.
+    plan: order in which the kernels visit the T * K choices, with tokens_per_expert.
+    """
+
+    topk_weights: Tensor
+    topk_ids: Tensor
+    probs: Tensor
+    plan: RoutingPlan
+
+
+class TopKRouter(nn.Module):
+    """Softmax over all experts in fp32, of which each token takes the top_k largest (paper section 2.2).
+
+    Args:
+        hidden_size: D, width of a token.
+        num_experts: E.
+        top_k: K, experts per token.
+        backend: backend of the ops, see `dit_moe_kernels.use_backend`.
+        device, dtype: of the weight.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k: got {top_k}, expected 1 to num_experts = {num_experts}")
+        self.num_experts, self.top_k, self.backend = num_experts, top_k, backend
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming uniform with a = sqrt(5), as torch initialises a Linear."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Route (T, D) tokens of any float dtype; the logits are computed in fp32, also under autocast."""
+        logits_TE = router_logits(x_TD, self.weight, backend=self.backend)
+        weights_TK, ids_TK, probs_TE = topk_softmax(logits_TE, self.top_k, backend=self.backend)
+        # The ids are our own, so they need no check, which on the CPU would read them back.
+        plan = make_routing_plan(ids_TK, self.num_experts, validate=False, backend=self.backend)
+        return Routing(weights_TK, ids_TK, probs_TE, plan)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.weight.shape[1]}, num_experts={self.num_experts}, top_k={self.top_k}"

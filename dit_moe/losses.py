@@ -1,0 +1,25 @@
+"""Losses on the routing, as pure functions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def balance_loss(probs: Tensor, tokens_per_expert: Tensor, top_k: int, alpha: float) -> Tensor:
+    """Balance loss of one layer over its batch: alpha * E / (T * K) * sum_i count_i * mean_t p_i(t).
+
+    It equals alpha when the experts are evenly loaded and grows as the router prefers some. Only the probabilities carry
+    a gradient: the counts are whole numbers (paper section 2.2; Switch Transformer, equation 4).
+
+    Args:
+        probs: (T, E) fp32 or fp64, softmax of the router over all experts.
+        tokens_per_expert: (E,) int, how many of the T * K choices fell on each expert.
+        top_k: K, experts per token.
+        alpha: factor of the loss.
+
+    Returns:
+        () in probs' dtype; 0 where T = 0.
+    """
+    tokens, num_experts = probs.shape
+    scale = alpha * num_experts / (max(tokens, 1) ** 2 * top_k)
+    return scale * (tokens_per_expert.to(probs.dtype) * probs.sum(0)).sum()

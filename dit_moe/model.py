@@ -1,0 +1,195 @@
+"""DiT: the diffusion transformer, with a mixture of experts in every block or dense."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import DiTConfig
+from .layers import (
+    Attention,
+    LabelEmbedder,
+    Mlp,
+    MoEFeedForward,
+    MoEOutput,
+    PatchEmbed,
+    TimestepEmbedder,
+    sincos_pos_embed,
+)
+from .layers.init import zero_linear_
+
+
+class MoEAux(NamedTuple):
+    """What the routed layers report beside the model's output.
+
+    balance_loss: () fp32 (fp64 for fp64 models), sum over the layers; 0 for a dense model.
+    tokens_per_expert: (L, E) int32, how the choices of each layer fell on its experts; (0, 0) for a dense model.
+    """
+
+    balance_loss: Tensor
+    tokens_per_expert: Tensor
+
+
+def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """Scale and shift each image's tokens: x * (1 + scale) + shift."""
+    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Attention and a feed-forward layer, each modulated and gated by the condition (adaLN-Zero, DiT section 3.2).
+
+    The feed-forward layer is `moe` where the configuration has experts, `mlp` where it has none; nothing else differs.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(config.hidden_size, config.num_heads, config.qk_norm)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
+        if config.is_moe:
+            self.moe = MoEFeedForward(
+                config.hidden_size,
+                config.ffn_hidden_size,
+                config.num_experts,
+                config.top_k,
+                config.num_shared_experts,
+                balance_alpha=config.balance_alpha,
+            )
+        else:
+            self.mlp = Mlp(config.hidden_size, config.ffn_hidden_size)
+        self.is_moe = config.is_moe
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero modulation, so that a new block is the identity."""
+        zero_linear_(self.adaLN_modulation[1])
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> tuple[Tensor, MoEOutput | None]:
+        """Transform tokens (B, N, D) under the condition (B, D); also return the routed layer's output, if there is one."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BD).chunk(6, dim=1)
+        x_BND = x_BND + gate_msa[:, None] * self.attn(modulate(self.norm1(x_BND), shift_msa, scale_msa))
+        ffn_in_BND = modulate(self.norm2(x_BND), shift_mlp, scale_mlp)
+        if not self.is_moe:
+            return x_BND + gate_mlp[:, None] * self.mlp(ffn_in_BND), None
+        routed = self.moe(ffn_in_BND)
+        return x_BND + gate_mlp[:, None] * routed.hidden, routed
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and projection of each token to its patch of the output.
+
+    Args:
+        hidden_size: D, width of a token.
+        patch_size: side of a patch.
+        out_channels: channels of the output.
+    """
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero everything, so that a new model predicts zero."""
+        zero_linear_(self.adaLN_modulation[1])
+        zero_linear_(self.linear)
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        """(B, N, D) under the condition (B, D) -> (B, N, patch_size^2 * out_channels)."""
+        shift_BD, scale_BD = self.adaLN_modulation(c_BD).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x_BND), shift_BD, scale_BD))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer over (latent) images, conditioned on time and class (DiT, arXiv 2212.09748).
+
+    With `config.num_experts` > 0 it is DiT-MoE (arXiv 2407.11633), a mixture of experts in every block; with 0 it is the
+    dense DiT. Parameter names are the official ones, except that a block's experts are stacked in moe.experts.{w13,w2}
+    and moe.shared_experts.{w13,w2}; `dit_moe.checkpoint` converts.
+
+    Args:
+        config: the architecture.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.class_dropout_prob)
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, config.hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, config.out_channels)
+        self._reset_pos_embed()
+
+    def reset_parameters(self) -> None:
+        """Give every parameter a fresh value, for instance after `to_empty` of a model built on the meta device."""
+        # Children come after their parents in modules(): reversed, each parent has the last word on its children.
+        for module in reversed(list(self.modules())):
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self._reset_pos_embed()
+
+    def _reset_pos_embed(self) -> None:
+        with torch.no_grad():
+            pos_embed = sincos_pos_embed(self.config.hidden_size, self.config.input_size // self.config.patch_size)
+            self.pos_embed.copy_(pos_embed)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, *, return_aux: bool = False
+    ) -> Tensor | tuple[Tensor, MoEAux]:
+        """Predict the velocity or the noise (and, with learn_sigma, the variance's channels) of noisy images.
+
+        Args:
+            x: (B, C, input_size, input_size) in the parameters' dtype, or any float under autocast.
+            t: (B,) int or float, times as the objective defines them: 0 to 1 for rectified flow, steps for DDPM.
+            y: (B,) int, class ids; config.num_classes is the null class. In training mode some become it at random.
+            return_aux: also return what the routed layers report.
+
+        Returns:
+            (B, config.out_channels, input_size, input_size), with return_aux in a pair with `MoEAux`.
+
+        Raises:
+            ValueError: a shape is wrong.
+        """
+        self._check_inputs(x, t, y)
+        x_BND = self.x_embedder(x) + self.pos_embed
+        c_BD = self.t_embedder(t) + self.y_embedder(y)
+        routed: list[MoEOutput] = []
+        for block in self.blocks:
+            x_BND, moe_output = block(x_BND, c_BD)
+            if moe_output is not None:
+                routed.append(moe_output)
+        out = self._unpatchify(self.final_layer(x_BND, c_BD))
+        return (out, self._aux(routed, x.device)) if return_aux else out
+
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        image = (self.config.in_channels, self.config.input_size, self.config.input_size)
+        if x.ndim != 4 or x.shape[1:] != image:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, {', '.join(map(str, image))})")
+        for name, tensor in (("t", t), ("y", y)):
+            if tensor.shape != x.shape[:1]:
+                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(x.shape[:1])}, one per image")
+
+    def _unpatchify(self, patches_BNP: Tensor) -> Tensor:
+        """(B, N, p * p * C) -> (B, C, H, W)."""
+        size, patch, channels = self.config.input_size, self.config.patch_size, self.config.out_channels
+        grid = size // patch
+        patches = patches_BNP.view(-1, grid, grid, patch, patch, channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size, size)
+
+    def _aux(self, routed: list[MoEOutput], device: torch.device) -> MoEAux:
+        if not routed:
+            return MoEAux(torch.zeros((), device=device), torch.zeros(0, 0, dtype=torch.int32, device=device))
+        return MoEAux(
+            torch.stack([layer.balance_loss for layer in routed]).sum(),
+            torch.stack([layer.tokens_per_expert for layer in routed]),
+        )
