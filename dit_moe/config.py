@@ -64,9 +64,9 @@ class DiTConfig:
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob: got {self.class_dropout_prob}, expected 0 to 1")
         if self.input_size % self.patch_size:
-            raise ValueError(f"input_size: got {self.input_size}, expected a multiple of patch_size = {self.patch_size}")
+            raise ValueError(f"input_size: got {self.input_size}, expected a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size: got {self.hidden_size}, expected a multiple of num_heads = {self.num_heads}")
+            raise ValueError(f"hidden_size: got {self.hidden_size}, expected a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size: got {self.hidden_size}, expected a multiple of 4 (2D sin-cos positions)")
 

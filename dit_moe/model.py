@@ -71,7 +71,7 @@ class DiTBlock(nn.Module):
         zero_linear_(self.adaLN_modulation[1])
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> tuple[Tensor, MoEOutput | None]:
-        """Transform tokens (B, N, D) under the condition (B, D); also return the routed layer's output, if there is one."""
+        """Transform tokens (B, N, D) under the condition (B, D); also return the routed layer's output, or None."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         x_BND = x_BND + gate_msa[:, None] * self.attn(modulate(self.norm1(x_BND), shift_msa, scale_msa))
         ffn_in_BND = modulate(self.norm2(x_BND), shift_mlp, scale_mlp)
@@ -111,9 +111,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer over (latent) images, conditioned on time and class (DiT, arXiv 2212.09748).
 
-    With `config.num_experts` > 0 it is DiT-MoE (arXiv 2407.11633), a mixture of experts in every block; with 0 it is the
-    dense DiT. Parameter names are the official ones, except that a block's experts are stacked in moe.experts.{w13,w2}
-    and moe.shared_experts.{w13,w2}; `dit_moe.checkpoint` converts.
+    With `config.num_experts` > 0 it is DiT-MoE (arXiv 2407.11633), a mixture of experts in every block; with 0 it is
+    the dense DiT. Parameter names are the official ones, except that a block's experts are stacked in
+    moe.experts.{w13,w2} and moe.shared_experts.{w13,w2}; `dit_moe.checkpoint` converts.
 
     Args:
         config: the architecture.
@@ -143,9 +143,7 @@ class DiT(nn.Module):
             pos_embed = sincos_pos_embed(self.config.hidden_size, self.config.input_size // self.config.patch_size)
             self.pos_embed.copy_(pos_embed)
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, *, return_aux: bool = False
-    ) -> Tensor | tuple[Tensor, MoEAux]:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, return_aux: bool = False) -> Tensor | tuple[Tensor, MoEAux]:
         """Predict the velocity or the noise (and, with learn_sigma, the variance's channels) of noisy images.
 
         Args:
@@ -177,7 +175,7 @@ class DiT(nn.Module):
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, {', '.join(map(str, image))})")
         for name, tensor in (("t", t), ("y", y)):
             if tensor.shape != x.shape[:1]:
-                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(x.shape[:1])}, one per image")
+                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(x.shape[:1])} as x has")
 
     def _unpatchify(self, patches_BNP: Tensor) -> Tensor:
         """(B, N, p * p * C) -> (B, C, H, W)."""

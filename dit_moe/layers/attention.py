@@ -20,7 +20,7 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(f"hidden_size: got {hidden_size}, expected a multiple of num_heads = {num_heads}")
+            raise ValueError(f"hidden_size: got {hidden_size}, expected a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         head_dim = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)

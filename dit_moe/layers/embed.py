@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+NUM_TIME_FEATURES = 256  # sinusoidal features of the time in every official model
+
 
 class PatchEmbed(nn.Module):
     """Cut an image into patches and project each to a token.
@@ -41,7 +43,7 @@ class TimestepEmbedder(nn.Module):
         max_period: longest period of the features.
     """
 
-    def __init__(self, hidden_size: int, num_features: int = 256, max_period: float = 10_000.0) -> None:
+    def __init__(self, hidden_size: int, num_features: int = NUM_TIME_FEATURES, max_period: float = 10_000.0) -> None:
         super().__init__()
         self.num_features, self.max_period = num_features, max_period
         self.mlp = nn.Sequential(nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))

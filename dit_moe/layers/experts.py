@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from dit_moe_kernels import RoutingPlan, expert_ffn
+from torch import Tensor, nn
 
 from .init import xavier_uniform_stacked_
 
@@ -33,8 +32,9 @@ class GroupedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * expert_hidden_size, hidden_size, device=device, dtype=dtype))
-        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size, device=device, dtype=dtype))
+        options = {"device": device, "dtype": dtype}
+        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * expert_hidden_size, hidden_size, **options))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size, **options))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from dit_moe_kernels import swiglu
+from torch import Tensor, nn
 
 from .init import xavier_linear_, xavier_uniform_stacked_
 

@@ -6,9 +6,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-
 from dit_moe_kernels import RoutingPlan, make_routing_plan, router_logits, topk_softmax
+from torch import Tensor, nn
 
 
 class Routing(NamedTuple):
