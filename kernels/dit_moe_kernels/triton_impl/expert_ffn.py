@@ -1,0 +1,90 @@
+"""The fused expert FFN as a sequence of launches: two products and a combine forward, four products backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import configs
+from . import common, grouped_gemm, grouped_gemm_dw, permute
+
+
+def expert_ffn(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    tile_expert: Tensor,
+    tile_row: Tensor,
+    tile_rows: int,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """Forward; returns y (T, D) and h (N, 2F), which has no rows unless save_h."""
+    top_k, num_rows, width = topk_weights.shape[1], row_to_slot.shape[0], w2.shape[2]
+    plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
+    a = x.new_empty(num_rows, width)
+    h = x.new_empty(num_rows if save_h else 0, 2 * width)
+    grouped_gemm.launch(
+        x,
+        w13,
+        a,
+        width=width,
+        epilogue="swiglu",
+        w_is_kn=False,
+        row_to_slot=row_to_slot,
+        top_k=top_k,
+        h=h if save_h else None,
+        **plan,
+    )
+    y = grouped_gemm.grouped_gemm(a, w2, **plan)
+    return permute.unpermute(y, topk_weights, slot_to_row, top_k), h
+
+
+def expert_ffn_backward(
+    grad: Tensor,
+    h: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    tile_expert: Tensor,
+    tile_row: Tensor,
+    tile_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x, w13, w2 and topk_weights."""
+    top_k, num_rows, width = topk_weights.shape[1], row_to_slot.shape[0], w2.shape[2]
+    plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
+    config = configs.gemm_config("dswiglu", tile_rows, x.dtype, common.capability(common.device_index(x)))
+    dh = torch.empty_like(h)
+    weighted_a = x.new_empty(num_rows, width)
+    dots = x.new_empty(num_rows, triton.cdiv(width, config.block_n), dtype=torch.float32)
+    grouped_gemm.launch(
+        grad,
+        w2,
+        dh,
+        width=width,
+        epilogue="dswiglu",
+        w_is_kn=True,
+        row_to_slot=row_to_slot,
+        top_k=top_k,
+        h=h,
+        aw=weighted_a,
+        dots=dots,
+        topk_weights=topk_weights,
+        config=config,
+        **plan,
+    )
+    gather = {"row_to_slot": row_to_slot, "top_k": top_k}
+    dw2 = grouped_gemm_dw.launch(grad, weighted_a, offsets, gather_grad=True, **gather)
+    del weighted_a
+    dw13 = grouped_gemm_dw.launch(dh, x, offsets, gather_x=True, **gather)
+    dx_rows = grouped_gemm.grouped_gemm_dx(dh, w13, **plan)
+    dx = permute.unpermute(dx_rows, None, slot_to_row, top_k)
+    return dx, dw13, dw2, permute.sum_row_partials(dots, slot_to_row).view_as(topk_weights)

@@ -1,0 +1,278 @@
+"""Grouped GEMM over rows sorted by expert: one templated kernel, its epilogues fused by constexpr switches.
+
+out[r, n] = sum_k a[r, k] * w_e[n, k] for every row r of expert e. Row tiles come from the routing plan's schedule, so
+that no tile mixes experts and no host sync is needed. The variants:
+
+    EPILOGUE     a rows    weights      result
+    "store"      sorted    (N, K)       out = product                                   (w2 of the forward)
+    "store"      sorted    (K, N)       out = product                                   (dX)
+    "swiglu"     gathered  (2F, K)      out = swiglu(product), h = product if SAVE_H    (w13 of the forward)
+    "dswiglu"    gathered  (K, F)       dh, weighted a, partial router-weight gradients (w2 of the backward)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from . import common
+from .epilogues import _store_dswiglu, _store_plain, _store_swiglu
+
+
+@triton.jit
+def _load_weight(
+    w,  # tensor descriptor or pointer: (E, N, K), or (E, K, N) if W_IS_KN
+    expert,
+    n,
+    k,
+    N_TOTAL,  # rows of w_e (or columns if W_IS_KN)
+    K,
+    W_IS_KN: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One weight tile as (BLOCK_K, BLOCK_N); elements outside the expert's matrix are zero along k."""
+    if USE_TMA:
+        if W_IS_KN:
+            return w.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
+        return w.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs_k = k + tl.arange(0, BLOCK_K)
+    w += expert.to(tl.int64) * N_TOTAL * K
+    if W_IS_KN:
+        mask = (offs_k < K)[:, None] & (offs_n < N_TOTAL)[None, :]
+        return tl.load(w + offs_k.to(tl.int64)[:, None] * N_TOTAL + offs_n[None, :], mask=mask, other=0.0)
+    mask = (offs_n < N_TOTAL)[:, None] & (offs_k < K)[None, :]
+    return tl.load(w + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], mask=mask, other=0.0).T
+
+
+@triton.jit
+def _gemm_tile(
+    a_ptr,
+    w,
+    out_ptr,
+    h_ptr,
+    aw_ptr,
+    dots_ptr,
+    topk_weights_ptr,
+    row_to_slot_ptr,
+    offsets_ptr,
+    row_start,
+    expert,
+    pid_n,
+    N,
+    K,
+    num_tiles_n,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    W_IS_KN: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    SAVE_H: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One output tile: main loop over k, then the epilogue. Arguments as in `_grouped_gemm_kernel`."""
+    row_end = tl.load(offsets_ptr + expert + 1)
+    rows = row_start + tl.arange(0, BLOCK_M)
+    # Rows past the expert's last one repeat it: their products are never stored, and the loads need no mask.
+    safe_rows = tl.minimum(rows, row_end - 1)
+    sources = safe_rows
+    if GATHER:
+        sources = tl.load(row_to_slot_ptr + safe_rows) // TOP_K
+    offs_k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + sources.to(tl.int64)[:, None] * K + offs_k[None, :]
+    n = pid_n * BLOCK_N
+    N_TOTAL = 2 * N if EPILOGUE == "swiglu" else N
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs + k)
+        else:
+            a = tl.load(a_ptrs + k, mask=(offs_k < K - k)[None, :], other=0.0)
+        w_tile = _load_weight(w, expert, n, k, N_TOTAL, K, W_IS_KN, USE_TMA, BLOCK_N, BLOCK_K)
+        acc = tl.dot(a, w_tile, acc, input_precision=PRECISION)
+        if EPILOGUE == "swiglu":
+            w_up = _load_weight(w, expert, N + n, k, N_TOTAL, K, W_IS_KN, USE_TMA, BLOCK_N, BLOCK_K)
+            acc_up = tl.dot(a, w_up, acc_up, input_precision=PRECISION)
+
+    offs_n = n + tl.arange(0, BLOCK_N)
+    mask = (rows < row_end)[:, None] & (offs_n < N)[None, :]
+    if EPILOGUE == "swiglu":
+        _store_swiglu(acc, acc_up, out_ptr, h_ptr, rows, offs_n, N, mask, SAVE_H)
+    elif EPILOGUE == "dswiglu":
+        slots = tl.load(row_to_slot_ptr + safe_rows)
+        weights = tl.load(topk_weights_ptr + slots)
+        dots_ptrs = dots_ptr + rows.to(tl.int64) * num_tiles_n + pid_n
+        _store_dswiglu(acc, weights, h_ptr, out_ptr, aw_ptr, dots_ptrs, rows, offs_n, N, mask, rows < row_end)
+    else:
+        _store_plain(acc, out_ptr, rows, offs_n, N, mask)
+
+
+@triton.jit
+def _tile_place(tile, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
+    """Row tile and column tile of a linear tile number: GROUP_M row tiles share a sweep over columns, for L2."""
+    width = GROUP_M * num_tiles_n
+    first_m = tile // width * GROUP_M
+    size_m = tl.minimum(num_tiles_m - first_m, GROUP_M)
+    return first_m + tile % width % size_m, tile % width // size_m
+
+
+@triton.jit
+def _count_tiles(offsets_ptr, NUM_EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Row tiles in use, from the expert offsets."""
+    experts = tl.arange(0, EXPERTS_POW2)
+    valid = experts < NUM_EXPERTS
+    start = tl.load(offsets_ptr + experts, mask=valid, other=0)
+    end = tl.load(offsets_ptr + experts + 1, mask=valid, other=0)
+    return tl.sum((end - start + BLOCK_M - 1) // BLOCK_M)
+
+
+@triton.jit
+def _grouped_gemm_kernel(
+    a_ptr,  # (rows, K) io dtype; (T, K) if GATHER
+    w,  # (E, N, K) io dtype, (E, 2N, K) for "swiglu", (E, K, N) if W_IS_KN; a descriptor if USE_TMA
+    out_ptr,  # (rows, N) io dtype; dh (rows, 2N) for "dswiglu"
+    h_ptr,  # (rows, 2N) io dtype: written by "swiglu" if SAVE_H, read by "dswiglu"
+    aw_ptr,  # (rows, N) io dtype: "dswiglu" writes the recomputed activation times the row's router weight
+    dots_ptr,  # (rows, num_tiles_n) fp32: "dswiglu" writes each column tile's share of <dout, w2 a>
+    topk_weights_ptr,  # (T * K) fp32, by slot, for "dswiglu"
+    row_to_slot_ptr,  # (rows,) int32
+    offsets_ptr,  # (E + 1,) int32
+    tile_expert_ptr,  # (num_tiles_m,) int32
+    tile_row_ptr,  # (num_tiles_m,) int32
+    num_tiles_m,  # upper bound on row tiles
+    N,
+    K,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    W_IS_KN: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    SAVE_H: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_tiles_n = tl.cdiv(N, BLOCK_N)
+    if PERSISTENT:
+        used_tiles_m = _count_tiles(offsets_ptr, NUM_EXPERTS, EXPERTS_POW2, BLOCK_M)
+        for tile in tl.range(tl.program_id(0), used_tiles_m * num_tiles_n, tl.num_programs(0), flatten=True):
+            pid_m, pid_n = _tile_place(tile, used_tiles_m, num_tiles_n, GROUP_M)
+            _gemm_tile(
+                a_ptr, w, out_ptr, h_ptr, aw_ptr, dots_ptr, topk_weights_ptr, row_to_slot_ptr, offsets_ptr,
+                tl.load(tile_row_ptr + pid_m), tl.load(tile_expert_ptr + pid_m), pid_n, N, K, num_tiles_n,
+                TOP_K, GATHER, W_IS_KN, EPILOGUE, SAVE_H, USE_TMA, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        pid_m, pid_n = _tile_place(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
+        expert = tl.load(tile_expert_ptr + pid_m)
+        if expert >= 0:
+            _gemm_tile(
+                a_ptr, w, out_ptr, h_ptr, aw_ptr, dots_ptr, topk_weights_ptr, row_to_slot_ptr, offsets_ptr,
+                tl.load(tile_row_ptr + pid_m), expert, pid_n, N, K, num_tiles_n,
+                TOP_K, GATHER, W_IS_KN, EPILOGUE, SAVE_H, USE_TMA, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+
+def launch(
+    a: Tensor,
+    w: Tensor,
+    out: Tensor,
+    *,
+    width: int,
+    epilogue: str,
+    w_is_kn: bool,
+    offsets: Tensor,
+    tile_expert: Tensor,
+    tile_row: Tensor,
+    tile_rows: int,
+    row_to_slot: Tensor | None = None,
+    top_k: int = 1,
+    h: Tensor | None = None,
+    aw: Tensor | None = None,
+    dots: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    config: configs.GemmConfig | None = None,
+) -> None:
+    """Launch the kernel on contiguous tensors; `width` is N, the width of the epilogue's output.
+
+    a is gathered through row_to_slot // top_k if row_to_slot is given.
+    """
+    num_tiles_m, k = tile_expert.shape[0], a.shape[1]
+    if num_tiles_m == 0 or width == 0:
+        return
+    index = common.device_index(a)
+    config = config or configs.gemm_config(epilogue, tile_rows, a.dtype, common.capability(index))
+    use_tma = config.use_tma and common.supports_tma(w)
+    block = [1, config.block_k, config.block_n] if w_is_kn else [1, config.block_n, config.block_k]
+    total = num_tiles_m * triton.cdiv(width, config.block_n)
+    num_experts = offsets.shape[0] - 1
+    _grouped_gemm_kernel[(min(total, common.num_sms(index)) if config.persistent else total,)](
+        a,
+        common.TensorDescriptor.from_tensor(w, block) if use_tma else w,
+        out,
+        h,
+        aw,
+        dots,
+        topk_weights,
+        row_to_slot,
+        offsets,
+        tile_expert,
+        tile_row,
+        num_tiles_m,
+        width,
+        k,
+        NUM_EXPERTS=num_experts,
+        EXPERTS_POW2=triton.next_power_of_2(num_experts),
+        TOP_K=top_k,
+        GATHER=row_to_slot is not None,
+        W_IS_KN=w_is_kn,
+        EPILOGUE=epilogue,
+        SAVE_H=h is not None,
+        USE_TMA=use_tma,
+        EVEN_K=k % config.block_k == 0,
+        PRECISION=common.input_precision(a.dtype),
+        PERSISTENT=config.persistent,
+        BLOCK_M=tile_rows,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def grouped_gemm(
+    x: Tensor, w: Tensor, offsets: Tensor, tile_expert: Tensor, tile_row: Tensor, tile_rows: int
+) -> Tensor:
+    """x (N, I), w (E, O, I) -> (N, O); rows past offsets[-1] are not written."""
+    out = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device)
+    plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
+    launch(x, w, out, width=w.shape[1], epilogue="store", w_is_kn=False, **plan)
+    return out
+
+
+def grouped_gemm_dx(
+    grad: Tensor, w: Tensor, offsets: Tensor, tile_expert: Tensor, tile_row: Tensor, tile_rows: int
+) -> Tensor:
+    """grad (N, O), w (E, O, I) -> (N, I); rows past offsets[-1] are not written."""
+    out = torch.empty(grad.shape[0], w.shape[2], dtype=grad.dtype, device=grad.device)
+    plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
+    launch(grad, w, out, width=w.shape[2], epilogue="store", w_is_kn=True, **plan)
+    return out

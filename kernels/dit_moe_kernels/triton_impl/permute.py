@@ -1,0 +1,151 @@
+"""permute and unpermute: row gathers bound by memory bandwidth, sums over K in fp32 in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_D = 1024  # columns a program handles at a time; a power of two
+
+
+@triton.jit
+def _permute_kernel(
+    x_ptr,  # (T, D) io dtype
+    out_ptr,  # (N, D) io dtype
+    row_to_slot_ptr,  # (N,) int32, -1 for an unused row
+    D,
+    TOP_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slot = tl.load(row_to_slot_ptr + row)
+    token = (slot // TOP_K).to(tl.int64)
+    x = tl.load(x_ptr + token * D + cols, mask=(cols < D) & (slot >= 0), other=0.0)
+    tl.store(out_ptr + row * D + cols, x, mask=cols < D)
+
+
+@triton.jit
+def _unpermute_kernel(
+    y_ptr,  # (N, D) io dtype
+    topk_weights_ptr,  # (T, K) fp32, or None
+    out_ptr,  # (T, D) io dtype
+    slot_to_row_ptr,  # (N,) int32, -1 for an unrouted slot
+    D,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        slot = token * TOP_K + k
+        row = tl.load(slot_to_row_ptr + slot).to(tl.int64)
+        y = tl.load(y_ptr + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            # select, since an unrouted slot's weight may be anything, NaN included
+            y = tl.where(row >= 0, y * tl.load(topk_weights_ptr + slot), 0.0)
+        total += y
+    tl.store(out_ptr + token * D + cols, total.to(out_ptr.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit
+def _unpermute_backward_kernel(
+    grad_ptr,  # (T, D) io dtype
+    y_ptr,  # (N, D) io dtype
+    topk_weights_ptr,  # (T, K) fp32
+    dy_ptr,  # (N, D) io dtype
+    dweights_ptr,  # (T, K) fp32, zero beforehand
+    row_to_slot_ptr,  # (N,) int32
+    D,
+    TOP_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(row_to_slot_ptr + row)
+    used = slot >= 0
+    weight = tl.load(topk_weights_ptr + slot, mask=used, other=0.0)
+    token = (slot // TOP_K).to(tl.int64)
+    dot = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        mask = (cols < D) & used
+        grad = tl.load(grad_ptr + token * D + cols, mask=mask, other=0.0).to(tl.float32)
+        dot += grad * tl.load(y_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dy_ptr + row * D + cols, (grad * weight).to(dy_ptr.dtype.element_ty), mask=cols < D)
+    tl.store(dweights_ptr + slot, tl.sum(dot), mask=used)
+
+
+@triton.jit
+def _sum_row_partials_kernel(
+    partials_ptr,  # (N, P) fp32
+    out_ptr,  # (N,) fp32, by slot
+    slot_to_row_ptr,  # (N,) int32
+    num_slots,
+    P,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    slots = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    parts = tl.arange(0, BLOCK_P)
+    rows = tl.load(slot_to_row_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int64)
+    mask = (rows >= 0)[:, None] & (parts < P)[None, :]
+    values = tl.load(partials_ptr + rows[:, None] * P + parts[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + slots, tl.sum(values, axis=1), mask=slots < num_slots)
+
+
+def permute(x: Tensor, row_to_slot: Tensor, top_k: int) -> Tensor:
+    """x (T, D) -> (N, D); rows without a slot are zero."""
+    num_rows, width = row_to_slot.shape[0], x.shape[1]
+    out = x.new_empty(num_rows, width)
+    if out.numel():
+        grid = (num_rows, triton.cdiv(width, _BLOCK_D))
+        _permute_kernel[grid](x, out, row_to_slot, width, TOP_K=top_k, BLOCK_D=_BLOCK_D)
+    return out
+
+
+def unpermute(y: Tensor, topk_weights: Tensor | None, slot_to_row: Tensor, top_k: int) -> Tensor:
+    """y (N, D) -> (T, D), each token's K rows summed, weighted by topk_weights (T, K) fp32 if given."""
+    num_tokens, width = slot_to_row.shape[0] // top_k, y.shape[1]
+    out = y.new_empty(num_tokens, width)
+    if out.numel():
+        grid = (num_tokens, triton.cdiv(width, _BLOCK_D))
+        weighted = topk_weights is not None
+        _unpermute_kernel[grid](
+            y, topk_weights, out, slot_to_row, width, TOP_K=top_k, WEIGHTED=weighted, BLOCK_D=_BLOCK_D
+        )
+    return out
+
+
+def unpermute_backward(grad: Tensor, y: Tensor, topk_weights: Tensor, row_to_slot: Tensor) -> tuple[Tensor, Tensor]:
+    """grad (T, D), y (N, D), topk_weights (T, K) -> dy (N, D), dweights (T, K) fp32."""
+    dy = torch.empty_like(y)
+    dweights = torch.zeros_like(topk_weights)
+    if row_to_slot.shape[0]:
+        _unpermute_backward_kernel[(row_to_slot.shape[0],)](
+            grad,
+            y,
+            topk_weights,
+            dy,
+            dweights,
+            row_to_slot,
+            y.shape[1],
+            TOP_K=topk_weights.shape[1],
+            BLOCK_D=_BLOCK_D,
+        )
+    return dy, dweights
+
+
+def sum_row_partials(partials: Tensor, slot_to_row: Tensor) -> Tensor:
+    """Sum partials (N, P) over P and return them by slot, (N,) fp32; zero for unrouted slots."""
+    num_slots, width = partials.shape
+    out = partials.new_empty(num_slots)
+    if num_slots:
+        block = 32
+        _sum_row_partials_kernel[(triton.cdiv(num_slots, block),)](
+            partials, out, slot_to_row, num_slots, width, BLOCK_N=block, BLOCK_P=triton.next_power_of_2(max(width, 1))
+        )
+    return out
