@@ -1,0 +1,24 @@
+"""Diffusion processes as plain tensor math: rectified flow and Gaussian diffusion (DDPM, DDIM)."""
+
+from .gaussian import GaussianDiffusion, linear_betas, make_diffusion, respaced_timesteps
+from .rectified_flow import (
+    FlowPair,
+    euler_step,
+    euler_times,
+    logit_normal_times,
+    make_flow_pair,
+    rectified_flow_loss,
+)
+
+__all__ = [
+    "FlowPair",
+    "GaussianDiffusion",
+    "euler_step",
+    "euler_times",
+    "linear_betas",
+    "logit_normal_times",
+    "make_diffusion",
+    "make_flow_pair",
+    "rectified_flow_loss",
+    "respaced_timesteps",
+]
