@@ -1,0 +1,20 @@
+"""Set-up of the kernel tests: memory that an op allocates holds NaN until the op writes it."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Make torch.empty return NaN (the largest integer for ints), so that an output row left unwritten is seen."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*determinis.*")  # only the filling is wanted here
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
