@@ -48,31 +48,46 @@ def _store_swiglu(
 
 
 @triton.jit
+def _split_columns(tile):
+    """Left and right half of a tile's columns."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def _store_dswiglu(
     g,  # (BLOCK_M, BLOCK_N) fp32: w2^T dout, without the router weight
     weights,  # (BLOCK_M,) fp32 router weight of each row
     h_ptr,  # (rows, 2F), read
     dh_ptr,  # (rows, 2F)
     aw_ptr,  # (rows, F)
-    dots_ptrs,  # (BLOCK_M,) pointers to fp32
     rows,
-    cols,
+    col,
     F,
-    mask,
     row_mask,
 ):
-    """dh = dswiglu(h, w * g), aw = w * swiglu(h), and this tile's part of the router weight's gradient <g, a>."""
-    dtype = dh_ptr.dtype.element_ty
-    row_start = rows.to(tl.int64)[:, None]
-    h_ptrs = h_ptr + row_start * (2 * F) + cols[None, :]
-    gate = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(h_ptrs + F, mask=mask, other=0.0).to(tl.float32)
-    s = tl.sigmoid(gate)
-    silu = gate * s
-    a = silu * up
-    tl.store(dots_ptrs, tl.sum(g * a, axis=1), mask=row_mask)
-    tl.store(aw_ptr + row_start * F + cols[None, :], (a * weights[:, None]).to(dtype), mask=mask)
-    da = g * weights[:, None]
-    dh_ptrs = dh_ptr + row_start * (2 * F) + cols[None, :]
-    tl.store(dh_ptrs, (da * up * s * (1.0 + gate - silu)).to(dtype), mask=mask)
-    tl.store(dh_ptrs + F, (da * silu).to(dtype), mask=mask)
+    """dh = dswiglu(h, w * g), aw = w * swiglu(h); returns this tile's part of the router weight's gradient <g, a>.
+
+    Columns are halved until a slice of 32 is left: whole tiles of g, gate, up and the results do not fit in registers.
+    """
+    width: tl.constexpr = g.shape[1]
+    if width > 32:
+        left, right = _split_columns(g)
+        dots = _store_dswiglu(left, weights, h_ptr, dh_ptr, aw_ptr, rows, col, F, row_mask)
+        dots += _store_dswiglu(right, weights, h_ptr, dh_ptr, aw_ptr, rows, col + width // 2, F, row_mask)
+    else:
+        dtype = dh_ptr.dtype.element_ty
+        cols = col + tl.arange(0, width)
+        mask = row_mask[:, None] & (cols < F)[None, :]
+        h_places = rows.to(tl.int64)[:, None] * (2 * F) + cols[None, :]
+        gate = tl.load(h_ptr + h_places, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + h_places + F, mask=mask, other=0.0).to(tl.float32)
+        s = tl.sigmoid(gate)
+        silu = gate * s
+        a = silu * up
+        dots = tl.sum(g * a, axis=1)
+        aw_places = rows.to(tl.int64)[:, None] * F + cols[None, :]
+        tl.store(aw_ptr + aw_places, (a * weights[:, None]).to(dtype), mask=mask)
+        da = g * weights[:, None]
+        tl.store(dh_ptr + h_places, (da * up * s * (1.0 + gate - silu)).to(dtype), mask=mask)
+        tl.store(dh_ptr + h_places + F, (da * silu).to(dtype), mask=mask)
+    return dots

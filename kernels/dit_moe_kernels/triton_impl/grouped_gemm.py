@@ -36,18 +36,19 @@ def _load_weight(
     BLOCK_K: tl.constexpr,
 ):
     """One weight tile as (BLOCK_K, BLOCK_N); elements outside the expert's matrix are zero along k."""
-    if USE_TMA:
-        if W_IS_KN:
-            return w.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
-        return w.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
-    offs_n = n + tl.arange(0, BLOCK_N)
-    offs_k = k + tl.arange(0, BLOCK_K)
-    w += expert.to(tl.int64) * N_TOTAL * K
-    if W_IS_KN:
+    if USE_TMA and W_IS_KN:
+        tile = w.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
+    elif USE_TMA:
+        tile = w.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
+    else:
+        offs_n = n + tl.arange(0, BLOCK_N)
+        offs_k = k + tl.arange(0, BLOCK_K)
         mask = (offs_k < K)[:, None] & (offs_n < N_TOTAL)[None, :]
-        return tl.load(w + offs_k.to(tl.int64)[:, None] * N_TOTAL + offs_n[None, :], mask=mask, other=0.0)
-    mask = (offs_n < N_TOTAL)[:, None] & (offs_k < K)[None, :]
-    return tl.load(w + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], mask=mask, other=0.0).T
+        stride_k, stride_n = (N_TOTAL, 1) if W_IS_KN else (1, K)
+        w_ptrs = w + expert.to(tl.int64) * N_TOTAL * K
+        w_ptrs += offs_k.to(tl.int64)[:, None] * stride_k + offs_n.to(tl.int64)[None, :] * stride_n
+        tile = tl.load(w_ptrs, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -112,8 +113,8 @@ def _gemm_tile(
     elif EPILOGUE == "dswiglu":
         slots = tl.load(row_to_slot_ptr + safe_rows)
         weights = tl.load(topk_weights_ptr + slots)
-        dots_ptrs = dots_ptr + rows.to(tl.int64) * num_tiles_n + pid_n
-        _store_dswiglu(acc, weights, h_ptr, out_ptr, aw_ptr, dots_ptrs, rows, offs_n, N, mask, rows < row_end)
+        dots = _store_dswiglu(acc, weights, h_ptr, out_ptr, aw_ptr, rows, n, N, rows < row_end)
+        tl.store(dots_ptr + rows.to(tl.int64) * num_tiles_n + pid_n, dots, mask=rows < row_end)
     else:
         _store_plain(acc, out_ptr, rows, offs_n, N, mask)
 
