@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -207,21 +208,20 @@ def _torch_load(path: Path, mapped: bool) -> object:
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} was refused by torch.load(weights_only=True), so nothing in it was run: it is corrupted or "
-                f"holds Python objects other than tensors and plain containers. {_first_line(error)}"
+                f"holds Python objects other than tensors and plain containers ({_refused(error)})"
             ) from error
         except OSError:
             raise
         except Exception as error:  # torch raises many types on damaged files
             raise CheckpointError(
-                f"{path} is no readable torch file (loaded with weights_only=True): {_first_line(error)}"
+                f"{path} is no readable torch file: {type(error).__name__}: {str(error).strip()[:300]}"
             ) from error
 
 
-def _first_line(error: Exception) -> str:
-    """What went wrong, without torch's advice to load the file unsafely."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if line.startswith("WeightsUnpickler error")), lines[0] if lines else "")
-    return f"{type(error).__name__}: {told}"[:300]
+def _refused(error: Exception) -> str:
+    """What torch refused, without its advice to load the file unsafely."""
+    told = re.search(r"unsupported .*?(?=\.\s|\.$|\n|$)", str(error), re.IGNORECASE)
+    return told[0] if told else type(error).__name__
 
 
 def _check_zip(path: Path, verify: bool) -> None:
