@@ -1,0 +1,148 @@
+"""moe_layer: the routed layer alone (router, softmax, top-K, dispatch, experts, combine), no shared expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ..cases import TINY_CASE, expert_flops, layer_shape
+from ..engine import Builder, Candidate, Context, Unavailable, WrongResult, compare
+from ..problems import Expected, MoEProblem, make_problem
+from ..providers import BASELINES, layer_providers
+from ..providers.base import Layer, Provider
+from ..providers.dense import DenseMlp, dense_complaint
+from ..providers.gemm import Gemm
+from ..results import OK, Row
+from .base import Choice, Suite, Task, choose, choose_providers
+
+PROVIDERS = (*layer_providers(), *BASELINES)
+_COPIES_OF_L2 = 3  # inputs rotate until they exceed this many L2 caches
+_MAX_COPIES = 8
+
+
+def plan(choice: Choice) -> list[Task]:
+    """Every case, token count, routing and mode."""
+    return [
+        Task("moe_layer", case, mode, routing, choice.dtype, choice.device, names, tuple(choice.timers), tokens=tokens)
+        for names in [choose_providers(choice, PROVIDERS)]
+        for case, tokens, routing, mode in product(
+            choose(choice.cases, ("S/2-8E2A", "XL/2-8E2A", "G/2-16E2A"), (TINY_CASE,), choice),
+            choose(choice.tokens, (1024, 4096, 8192, 32768), (64,), choice),
+            choose(choice.routings, ("balanced",), ("balanced", "skewed", "one"), choice),
+            choose(choice.modes, ("fwd", "fwd_bwd"), ("fwd", "fwd_bwd"), choice),
+        )
+    ]
+
+
+def run(task: Task, context: Context) -> list[Row]:
+    """Check and time every provider on the same inputs."""
+    shape = layer_shape(task.case)
+    first = make_problem(shape, task.tokens, task.routing, task.torch_dtype, task.device)
+    problems = [first] + [
+        make_problem(shape, task.tokens, task.routing, task.torch_dtype, task.device, seed=copy)
+        for copy in range(1, _copies(first, task.device))
+    ]
+    expected = Expected(first, task.mode)
+    known = layer_providers()
+
+    def builder(name: str) -> Builder:
+        if name == "gemm":
+            return lambda: _gemm(problems, task, context)
+        if name in BASELINES:
+            return lambda: _dense(problems, task, match=name.removeprefix("dense-"))
+        return lambda: _routed(known[name], problems, expected, task, context)
+
+    return compare(context, task.template, task.timers, {name: builder(name) for name in task.providers})
+
+
+def _copies(problem: MoEProblem, device: str) -> int:
+    if device == "cpu":
+        return 1
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    hidden = problem.rows * 3 * problem.shape.expert_hidden_size * problem.x.element_size()
+    return min(_MAX_COPIES, -(-_COPIES_OF_L2 * l2_bytes // (_held(problem) + hidden)))
+
+
+def _routed(
+    provider: Provider, problems: list[MoEProblem], expected: Expected, task: Task, context: Context
+) -> Candidate:
+    reason = provider.availability(task.device)
+    if reason is not None:
+        raise Unavailable(reason)
+    layers = [provider.build(problem) for problem in problems]
+    complaint = expected.complaint(_results(layers[0], problems[0], task.mode))
+    if complaint is not None and not context.keep_failed:
+        raise WrongResult(complaint)
+    return Candidate(
+        calls=[_call(layer, problem, task.mode) for layer, problem in zip(layers, problems, strict=True)],
+        flops=expert_flops(problems[0].shape, task.tokens, task.mode),
+        bytes=_traffic(problems[0], task.mode),
+        held_bytes=_held(problems[0]),
+        status=OK if complaint is None else f"failed: wrong result, {complaint}",
+    )
+
+
+def _call(layer: Layer, problem: MoEProblem, mode: str) -> Callable[[], object]:
+    if mode == "fwd":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return layer.forward(problem.x)
+
+        return forward
+    leaves = (problem.x, *layer.weights.values())
+    return lambda: torch.autograd.grad(layer.forward(problem.x), leaves, problem.dout)
+
+
+def _results(layer: Layer, problem: MoEProblem, mode: str) -> dict[str, Tensor]:
+    if mode == "fwd":
+        return {"out": _call(layer, problem, mode)()}
+    out = layer.forward(problem.x)
+    dx, *rest = torch.autograd.grad(out, (problem.x, *layer.weights.values()), problem.dout)
+    grads = layer.canonical(dict(zip(layer.weights, rest, strict=True)))
+    return {"out": out.detach(), "x": dx, **grads}
+
+
+def _held(problem: MoEProblem) -> int:
+    """Bytes of x and the weights."""
+    tensors = (problem.x, problem.gate, problem.w13, problem.w2)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _traffic(problem: MoEProblem, mode: str) -> int:
+    """Compulsory bytes: forward reads x and weights and writes out; backward reads these and dout, writes gradients."""
+    activation = problem.x.numel() * problem.x.element_size()
+    forward = _held(problem) + activation
+    return forward if mode == "fwd" else forward + 2 * _held(problem) + activation
+
+
+def _gemm(problems: list[MoEProblem], task: Task, context: Context) -> Candidate:
+    return Candidate(
+        calls=[Gemm().build(problem, task.mode, context.clock) for problem in problems],
+        flops=expert_flops(problems[0].shape, task.tokens, task.mode),
+    )
+
+
+def _dense(problems: list[MoEProblem], task: Task, match: str) -> Candidate:
+    mlps = [DenseMlp(problem, match) for problem in problems]
+    complaint = dense_complaint(mlps[0])
+    if complaint is not None:
+        raise WrongResult(complaint)
+
+    def call(mlp: DenseMlp) -> object:
+        if task.mode == "fwd":
+            with torch.no_grad():
+                return mlp.forward()
+        return torch.autograd.grad(mlp.forward(), mlp.leaves, mlp.dout)
+
+    return Candidate(
+        calls=[lambda mlp=mlp: call(mlp) for mlp in mlps],
+        flops=mlps[0].flops(task.mode),
+        held_bytes=sum(leaf.numel() * leaf.element_size() for leaf in mlps[0].leaves),
+    )
+
+
+SUITE = Suite("moe_layer", PROVIDERS, plan, run)

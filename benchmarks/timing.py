@@ -1,0 +1,209 @@
+"""How a figure is taken: warm-up, interleaved rounds, CUDA events and CUDA graphs, quantiles.
+
+Within a round every candidate is timed once, eagerly and as a graph, so that slow drifts of the clock (heat, power,
+other users of the host) fall on all alike. A sample is the mean over a small batch of calls between two events. Before
+each sample the L2 cache is overwritten, which also lets the host run ahead of the GPU; small inputs rotate through
+copies.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """How long to measure.
+
+    Args:
+        rounds: samples of each candidate.
+        batch_ms: wanted length of one sample.
+        max_calls: most calls in one sample.
+        warmup_ms: matrix products before the first sample, which bring the GPU to its working temperature and clock.
+    """
+
+    rounds: int = 15
+    batch_ms: float = 5.0
+    max_calls: int = 50
+    warmup_ms: float = 1500.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Time of one call in milliseconds: the median over the rounds, and the 20th and 80th percentiles."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def summarize(times_ms: Sequence[float]) -> Sample:
+    """Median and percentiles of at least one time."""
+    if len(times_ms) == 1:
+        return Sample(times_ms[0], times_ms[0], times_ms[0])
+    fifths = statistics.quantiles(times_ms, n=5, method="inclusive")
+    return Sample(statistics.median(times_ms), fifths[0], fifths[3])
+
+
+class NotCapturable(Exception):
+    """The calls cannot become a CUDA graph; the message says why."""
+
+
+class CpuClock:
+    """Times calls on the CPU."""
+
+    def start_task(self) -> None:
+        """Nothing to prepare."""
+
+    def warm_up(self, milliseconds: float) -> None:
+        """Nothing to do."""
+
+    def synchronize(self) -> None:
+        """Nothing runs in the background."""
+
+    def time_ms(self, calls: Sequence[Call], count: int) -> float:
+        """Mean time of `count` calls, taken from `calls` in turn."""
+        begin = time.perf_counter()
+        for i in range(count):
+            calls[i % len(calls)]()
+        return (time.perf_counter() - begin) * 1e3 / count
+
+    def peak_bytes(self, call: Call) -> int | None:
+        """Not measured on the CPU."""
+        call()
+        return None
+
+    def capture(self, calls: Sequence[Call]) -> Call:
+        """There are no CUDA graphs here."""
+        raise NotCapturable("no CUDA graphs on the CPU")
+
+
+class CudaClock:
+    """Times calls on the current GPU."""
+
+    def __init__(self) -> None:
+        l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        self._flush = torch.empty(max(4 * l2_bytes, 2**26), dtype=torch.int8, device="cuda")
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def start_task(self) -> None:
+        """Take a new memory pool for the graphs of the next task."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, milliseconds: float) -> None:
+        """Keep the GPU busy with matrix products of random data."""
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty_like(a)
+        begin = time.perf_counter()
+        while (time.perf_counter() - begin) * 1e3 < milliseconds:
+            for _ in range(8):
+                torch.mm(a, a, out=out)
+            torch.cuda.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait for the GPU; raises if an earlier kernel failed."""
+        torch.cuda.synchronize()
+
+    def time_ms(self, calls: Sequence[Call], count: int) -> float:
+        """Mean time of `count` calls, taken from `calls` in turn, between two events."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        begin.record()
+        for i in range(count):
+            calls[i % len(calls)]()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / count
+
+    def peak_bytes(self, call: Call) -> int | None:
+        """Memory that one call needs on top of what is allocated before it."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def capture(self, calls: Sequence[Call]) -> Call:
+        """Record all `calls` as one CUDA graph and return its replay.
+
+        All graphs share a memory pool: they are replayed one after the other and their outputs are not read.
+
+        Raises:
+            NotCapturable: a call waits for the GPU, or the capture failed.
+        """
+        self._forbid_waiting(calls[0])
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                for call in calls:
+                    call()
+            graph.replay()
+            torch.cuda.synchronize()
+        except Exception as error:
+            self._pool = torch.cuda.graph_pool_handle()  # a failed capture may leave the old pool unusable
+            raise NotCapturable(first_line(error)) from error
+        return graph.replay
+
+    @staticmethod
+    def _forbid_waiting(call: Call) -> None:
+        """Find host syncs before a capture does, because a broken capture can leave the process in a bad state."""
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError as error:
+            raise NotCapturable(f"the call waits for the GPU ({first_line(error)})") from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+Clock = CpuClock | CudaClock
+
+
+def make_clock(device: str) -> Clock:
+    """The clock for "cpu" or "cuda"."""
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+@dataclass
+class Timed:
+    """One candidate under one timer while it is measured."""
+
+    calls: Sequence[Call]
+    calls_per_unit: int
+    count: int = 1
+    times_ms: list[float] | None = None
+
+
+def time_round_robin(clock: Clock, entries: Sequence[Timed], options: TimingOptions) -> None:
+    """Fill each entry's times_ms, one sample a round, starting each round with another entry."""
+    for entry in entries:
+        entry.times_ms = []
+        estimate = min(clock.time_ms(entry.calls, len(entry.calls)) for _ in range(2))
+        wanted = max(1, min(round(options.batch_ms / max(estimate, 1e-4)), options.max_calls))
+        entry.count = -(-wanted // len(entry.calls)) * len(entry.calls)  # each copy of the inputs equally often
+    for round_index in range(options.rounds):
+        first = round_index % max(len(entries), 1)
+        for entry in (*entries[first:], *entries[:first]):
+            entry.times_ms.append(clock.time_ms(entry.calls, entry.count) / entry.calls_per_unit)
+
+
+def first_line(error: BaseException) -> str:
+    """The type and the first line of an error's message, short enough for a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"

@@ -1,0 +1,35 @@
+"""The worker process of `benchmarks.isolate`: runs a job and appends what it does to a file of events."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .engine import DeviceLost
+from .isolate import Job, run_here
+
+DEVICE_LOST = 86
+
+
+def main(job_file: str, event_file: str) -> int:
+    """Run the job in `job_file`; returns the exit code."""
+    job, first = Job.from_json(Path(job_file).read_text())
+    with Path(event_file).open("a") as events:
+
+        def tell(event: dict[str, Any]) -> None:
+            events.write(json.dumps(event) + "\n")
+            events.flush()
+
+        try:
+            for _ in run_here(job, first, tell):
+                pass  # the parent reads the rows from the file
+        except DeviceLost as error:
+            print(f"worker: the GPU is lost after {error}: {error.__cause__}", file=sys.stderr)
+            return DEVICE_LOST
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
