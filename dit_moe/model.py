@@ -179,10 +179,10 @@ class DiT(nn.Module):
 
     def _unpatchify(self, patches_BNP: Tensor) -> Tensor:
         """(B, N, p * p * C) -> (B, C, H, W)."""
-        size, patch, channels = self.config.input_size, self.config.patch_size, self.config.out_channels
-        grid = size // patch
-        patches = patches_BNP.view(-1, grid, grid, patch, patch, channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size, size)
+        patch, channels = self.config.patch_size, self.config.out_channels
+        grid = self.config.input_size // patch
+        patches = patches_BNP.unflatten(2, (patch, patch, channels)).unflatten(1, (grid, grid))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def _aux(self, routed: list[MoEOutput], device: torch.device) -> MoEAux:
         if not routed:

@@ -21,8 +21,8 @@ class Attention(nn.Module):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size: got {hidden_size}, expected a multiple of num_heads {num_heads}")
-        self.num_heads = num_heads
         head_dim = hidden_size // num_heads
+        self.num_heads, self.head_dim = num_heads, head_dim
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.q_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
@@ -36,11 +36,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        batch, tokens, hidden_size = x_BND.shape
-        heads = self.qkv(x_BND).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q_BHNd, k_BHNd, v_BHNd = heads.unbind(0)
+        heads = self.qkv(x_BND).unflatten(2, (3, self.num_heads, self.head_dim))
+        q_BHNd, k_BHNd, v_BHNd = heads.permute(2, 0, 3, 1, 4).unbind(0)
         out_BHNd = F.scaled_dot_product_attention(self.q_norm(q_BHNd), self.k_norm(k_BHNd), v_BHNd)
-        return self.proj(out_BHNd.transpose(1, 2).reshape(batch, tokens, hidden_size))
+        return self.proj(out_BHNd.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

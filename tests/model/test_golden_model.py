@@ -38,7 +38,9 @@ class Golden(NamedTuple):
 
     def check_values(self, got: Tensor, expected: Tensor, name: str) -> None:
         tolerance = TOLERANCE[self.target.dtype] * max(1.0, expected.abs().max().item())
-        torch.testing.assert_close(got.detach().cpu().double(), expected, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            got.detach().cpu().double(), expected, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}"
+        )
 
 
 @pytest.fixture(params=["tiny_timm", "tiny_flash"])

@@ -45,7 +45,9 @@ def naive_moe(moe: MoEFeedForward, x_TD: Tensor, router_x_TD: Tensor | None = No
         out_D = torch.zeros(x_D.shape, dtype=wide)
         for expert in probs_E.topk(top_k).indices.tolist():
             counts[expert] += 1
-            out_D = out_D + probs_E[expert] * naive_swiglu(x_D, moe.experts.w13[expert], moe.experts.w2[expert]).to(wide)
+            out_D = out_D + probs_E[expert] * naive_swiglu(x_D, moe.experts.w13[expert], moe.experts.w2[expert]).to(
+                wide
+            )
         out_D = out_D.to(x_D.dtype)
         if moe.shared_experts is not None:
             out_D = out_D + naive_swiglu(x_D, moe.shared_experts.w13, moe.shared_experts.w2)
