@@ -198,23 +198,28 @@ def assert_2x(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
     """The error against the truth is below twice that of plain PyTorch in the same dtype, in maximum and in RMS.
 
     The absolute term, four fp32 roundings of the largest value, is for sums in fp32 in another order, where plain
-    PyTorch may be exact by luck. In float64 there is no better truth: both must agree to 1e-12.
+    PyTorch may be exact by luck. Luck also decides the few worst values of a small tensor, so below 2^16 values the
+    maximum may reach what plain PyTorch's RMS error makes likely (4 sigma) plus one rounding of the largest value, and
+    below 64 values the factor is 4. In float64 there is no better truth: both agree to 1e-12.
     """
     assert got.shape == exact.shape, f"{name}: got shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     assert got.dtype == plain.dtype, f"{name}: got {got.dtype}, expected {plain.dtype}"
     if got.numel() == 0:
         return
     error, usual = (got.double() - exact).abs(), (plain.double() - exact).abs()
+    assert error.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} of {got.numel()} values are not finite"
     largest = exact.abs().max()
     floor = 1e-12 * largest.clamp(min=1.0) if got.dtype == FP64 else 4 * 2.0**-24 * largest
-    assert error.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} of {got.numel()} values are not finite"
+    rms, usual_rms = error.square().mean().sqrt(), usual.square().mean().sqrt()
+    factor, bound = 4 if got.numel() < 64 else 2, usual.max()
+    if got.numel() < 2**16:
+        bound = torch.maximum(bound, 4 * usual_rms) + torch.finfo(got.dtype).eps / 4 * largest
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-    assert error.max() <= 2 * usual.max() + floor, (
+    assert error.max() <= factor * bound + floor, (
         f"{name}: error {error.max():.3g} at {worst} (got {got[worst]:.6g}, expected {exact[worst]:.6g}), "
         f"plain PyTorch {usual.max():.3g}, largest value {largest:.3g}"
     )
-    rms, usual_rms = error.square().mean().sqrt(), usual.square().mean().sqrt()
-    assert rms <= 2 * usual_rms + floor, f"{name}: RMS error {rms:.3g}, plain PyTorch {usual_rms:.3g}"
+    assert rms <= factor * usual_rms + floor, f"{name}: RMS error {rms:.3g}, plain PyTorch {usual_rms:.3g}"
 
 
 def evaluate(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
