@@ -9,7 +9,7 @@ def balance_loss(probs: Tensor, tokens_per_expert: Tensor, top_k: int, alpha: fl
     """Balance loss of one layer over its batch: alpha * E / (T * K) * sum_i count_i * mean_t p_i(t).
 
     It equals alpha when the experts are evenly loaded and grows as the router prefers some. Only the probabilities
-    carry a gradient: the counts are whole numbers (paper section 2.2; Switch Transformer, equation 4).
+    carry a gradient: the counts are whole numbers (arXiv 2407.11633, section 2; Switch Transformer, equation 4).
 
     Args:
         probs: (T, E) fp32 or fp64, softmax of the router over all experts.

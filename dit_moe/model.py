@@ -12,13 +12,15 @@ from .layers import (
     Attention,
     LabelEmbedder,
     Mlp,
+    Modulation,
     MoEFeedForward,
     MoEOutput,
     PatchEmbed,
     TimestepEmbedder,
+    modulate,
     sincos_pos_embed,
 )
-from .layers.init import zero_linear_
+from .layers.init import zero_
 
 
 class MoEAux(NamedTuple):
@@ -30,11 +32,6 @@ class MoEAux(NamedTuple):
 
     balance_loss: Tensor
     tokens_per_expert: Tensor
-
-
-def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """Scale and shift each image's tokens: x * (1 + scale) + shift."""
-    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 class DiTBlock(nn.Module):
@@ -63,22 +60,17 @@ class DiTBlock(nn.Module):
         else:
             self.mlp = Mlp(config.hidden_size, config.ffn_hidden_size)
         self.is_moe = config.is_moe
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Zero modulation, so that a new block is the identity."""
-        zero_linear_(self.adaLN_modulation[1])
+        self.adaLN_modulation = Modulation(config.hidden_size, 6)
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> tuple[Tensor, MoEOutput | None]:
         """Transform tokens (B, N, D) under the condition (B, D); also return the routed layer's output, or None."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        x_BND = x_BND + gate_msa[:, None] * self.attn(modulate(self.norm1(x_BND), shift_msa, scale_msa))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BD)
+        x_BND = x_BND + gate_msa * self.attn(modulate(self.norm1(x_BND), shift_msa, scale_msa))
         ffn_in_BND = modulate(self.norm2(x_BND), shift_mlp, scale_mlp)
         if not self.is_moe:
-            return x_BND + gate_mlp[:, None] * self.mlp(ffn_in_BND), None
+            return x_BND + gate_mlp * self.mlp(ffn_in_BND), None
         routed = self.moe(ffn_in_BND)
-        return x_BND + gate_mlp[:, None] * routed.hidden, routed
+        return x_BND + gate_mlp * routed.hidden, routed
 
 
 class FinalLayer(nn.Module):
@@ -94,18 +86,17 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = Modulation(hidden_size, 2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zero everything, so that a new model predicts zero."""
-        zero_linear_(self.adaLN_modulation[1])
-        zero_linear_(self.linear)
+        """Zero, so that a new model predicts zero."""
+        zero_(self)
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
         """(B, N, D) under the condition (B, D) -> (B, N, patch_size^2 * out_channels)."""
-        shift_BD, scale_BD = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x_BND), shift_BD, scale_BD))
+        shift_B1D, scale_B1D = self.adaLN_modulation(c_BD)
+        return self.linear(modulate(self.norm_final(x_BND), shift_B1D, scale_B1D))
 
 
 class DiT(nn.Module):
@@ -134,8 +125,9 @@ class DiT(nn.Module):
         """Give every parameter a fresh value, for instance after `to_empty` of a model built on the meta device."""
         # Children come after their parents in modules(): reversed, each parent has the last word on its children.
         for module in reversed(list(self.modules())):
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
         self._reset_pos_embed()
 
     def _reset_pos_embed(self) -> None:
@@ -186,7 +178,9 @@ class DiT(nn.Module):
 
     def _aux(self, routed: list[MoEOutput], device: torch.device) -> MoEAux:
         if not routed:
-            return MoEAux(torch.zeros((), device=device), torch.zeros(0, 0, dtype=torch.int32, device=device))
+            return MoEAux(
+                torch.zeros((), dtype=torch.float32, device=device), torch.zeros(0, 0, dtype=torch.int32, device=device)
+            )
         return MoEAux(
             torch.stack([layer.balance_loss for layer in routed]).sum(),
             torch.stack([layer.tokens_per_expert for layer in routed]),

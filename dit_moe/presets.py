@@ -22,7 +22,7 @@ _SIZES = {
 def _preset_configs() -> dict[str, DiTConfig]:
     configs = {}
     for size, (depth, hidden_size, num_heads, qk_norm) in _SIZES.items():
-        shape = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads}
+        shape: dict[str, Any] = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads}
         configs[f"DiT-{size}/2"] = DiTConfig(**shape, num_experts=0)
         for num_experts in (8, 16):
             configs[f"DiT-MoE-{size}/2-{num_experts}E2A"] = DiTConfig(**shape, num_experts=num_experts, qk_norm=qk_norm)

@@ -4,6 +4,7 @@ from .attention import Attention
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_pos_embed, timestep_features
 from .experts import GroupedExperts
 from .mlp import Mlp, SwiGLU
+from .modulation import Modulation, modulate
 from .moe import MoEFeedForward, MoEOutput
 from .router import Routing, TopKRouter
 
@@ -14,11 +15,13 @@ __all__ = [
     "MoEFeedForward",
     "MoEOutput",
     "Mlp",
+    "Modulation",
     "PatchEmbed",
     "Routing",
     "SwiGLU",
     "TimestepEmbedder",
     "TopKRouter",
+    "modulate",
     "sincos_pos_embed",
     "timestep_features",
 ]

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .init import zero_
+
 NUM_TIME_FEATURES = 256  # sinusoidal features of the time in every official model
 
 
@@ -26,8 +28,8 @@ class PatchEmbed(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier uniform for the convolution seen as a linear map of a flat patch, zero bias."""
+        zero_(self.proj)
         nn.init.xavier_uniform_(self.proj.weight.view(self.proj.out_channels, -1))
-        nn.init.zeros_(self.proj.bias)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D), tokens in raster order."""
@@ -51,13 +53,15 @@ class TimestepEmbedder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal weights of standard deviation 0.02, zero biases."""
-        for linear in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
     def forward(self, t_B: Tensor) -> Tensor:
         """Embed times of any real dtype: (B,) -> (B, D) in the parameters' dtype."""
-        return self.mlp(timestep_features(t_B, self.num_features, self.max_period).to(self.mlp[0].weight.dtype))
+        features = timestep_features(t_B, self.num_features, self.max_period)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 def timestep_features(t: Tensor, num_features: int, max_period: float = 10_000.0) -> Tensor:

@@ -32,9 +32,10 @@ class GroupedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
-        options = {"device": device, "dtype": dtype}
-        self.w13 = nn.Parameter(torch.empty(num_experts, 2 * expert_hidden_size, hidden_size, **options))
-        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size, **options))
+        w13_shape = (num_experts, 2 * expert_hidden_size, hidden_size)
+        w2_shape = (num_experts, hidden_size, expert_hidden_size)
+        self.w13 = nn.Parameter(torch.empty(w13_shape, device=device, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(w2_shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -27,7 +27,7 @@ def xavier_linear_(linear: nn.Linear) -> None:
     nn.init.zeros_(linear.bias)
 
 
-def zero_linear_(linear: nn.Linear) -> None:
-    """Zero weight and bias, in place."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+def zero_(module: nn.Module) -> None:
+    """Zero every parameter, in place."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class MoEOutput(NamedTuple):
     """What `MoEFeedForward` returns.
 
     hidden: (..., D), the layer's output.
-    balance_loss: () fp32 (fp64 for fp64 inputs), to be added to the training loss by the caller.
+    balance_loss: () fp32 (fp64 for fp64 inputs), over the tokens of this call; the caller adds it to the training loss.
     tokens_per_expert: (E,) int32, how many of the T * K choices fell on each expert.
     """
 
@@ -30,7 +30,7 @@ class MoEFeedForward(nn.Module):
     """Dropless mixture of SwiGLU experts with a shared expert: the feed-forward layer of DiT-MoE.
 
     hidden = sum_k topk_weights[k] * expert[topk_ids[k]](x) + shared_expert(x), where the weights are the top_k largest
-    of the softmax over all experts, not renormalised (arXiv 2407.11633, section 2.2). No token is dropped whatever the
+    of the softmax over all experts, not renormalised (arXiv 2407.11633, section 2). No token is dropped whatever the
     load, and nothing waits for the GPU.
 
     The balance loss is returned, never injected into the backward pass, so it survives loss scaling and gradient
@@ -71,13 +71,13 @@ class MoEFeedForward(nn.Module):
         super().__init__()
         if shared_hidden_size is None:
             shared_hidden_size = num_shared_experts * hidden_size
-        for name, size in (("hidden_size", hidden_size), ("expert_hidden_size", expert_hidden_size)):
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, expected at least 1")
-        for name, size in (("shared expert's width", shared_hidden_size), ("balance_alpha", balance_alpha)):
-            if size < 0:
-                raise ValueError(f"{name}: got {size}, expected 0 or more")
-        options = {"backend": backend, "device": device, "dtype": dtype}
+        for name, width in (("hidden_size", hidden_size), ("expert_hidden_size", expert_hidden_size)):
+            if width < 1:
+                raise ValueError(f"{name}: got {width}, expected at least 1")
+        for name, value in (("shared expert's width", shared_hidden_size), ("balance_alpha", balance_alpha)):
+            if value < 0:
+                raise ValueError(f"{name}: got {value}, expected 0 or more")
+        options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         self.hidden_size, self.balance_alpha = hidden_size, balance_alpha
         self.gate = TopKRouter(hidden_size, num_experts, top_k, **options)
         self.experts = GroupedExperts(hidden_size, expert_hidden_size, num_experts, **options)

@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
 
 class TopKRouter(nn.Module):
-    """Softmax over all experts in fp32, of which each token takes the top_k largest (paper section 2.2).
+    """Softmax over all experts in fp32, of which each token takes the top_k largest (arXiv 2407.11633, section 2).
 
     Args:
         hidden_size: D, width of a token.

@@ -127,10 +127,13 @@ def test_aux_reports_every_layer() -> None:
     seen = []
     for block in model.blocks:
         block.moe.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    out, aux = model(*tiny_inputs(), return_aux=True)
+    inputs = tiny_inputs()
+    out, aux = model(*inputs, return_aux=True)
+    reported = list(seen)
+    assert torch.equal(out, model(*inputs))
     assert aux.tokens_per_expert.shape == (3, 4) and aux.tokens_per_expert.sum(1).tolist() == [3 * 16 * 2] * 3
-    assert aux.tokens_per_expert.tolist() == [layer.tokens_per_expert.tolist() for layer in seen]
-    torch.testing.assert_close(aux.balance_loss, sum(layer.balance_loss for layer in seen))
+    assert aux.tokens_per_expert.tolist() == [layer.tokens_per_expert.tolist() for layer in reported]
+    torch.testing.assert_close(aux.balance_loss, sum(layer.balance_loss for layer in reported))
 
 
 def test_aux_of_a_dense_model_is_empty() -> None:

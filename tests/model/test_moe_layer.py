@@ -79,6 +79,16 @@ def test_no_tokens(shape: tuple[int, ...]) -> None:
     assert len(grads) == 6 and not any(grad.any() for grad in grads.values())
 
 
+def test_nan_stays_in_its_token() -> None:
+    moe, x = build(), torch.randn(9, 16, dtype=FP64)
+    expected = moe(x).hidden
+    x[4, 2] = float("nan")
+    out = moe(x)
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert out.hidden[4].isnan().all() and out.balance_loss.isnan()
+    torch.testing.assert_close(out.hidden[others], expected[others], rtol=0, atol=1e-12)
+
+
 def test_router_may_see_other_features_than_the_experts() -> None:
     moe = build()
     x, router_x = (torch.randn(9, 16, dtype=FP64, requires_grad=True) for _ in range(2))
