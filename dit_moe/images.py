@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Iterable
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator
+from typing import IO
 
 import numpy as np
 import torch
@@ -129,7 +129,46 @@ def save_npz(
                 np.lib.format.write_array(file, class_ids.astype(np.int64), allow_pickle=False)
 
 
-def _write_images(file: BinaryIO, batches: Iterable[np.ndarray], count: int) -> None:
+def read_npz(path: str | os.PathLike, batch_size: int = 256) -> Iterator[np.ndarray]:
+    """The images of a file in ADM's format, one batch in memory at a time.
+
+    Args:
+        path: an .npz file with `arr_0`, (N, H, W, 3) uint8.
+        batch_size: images in each batch but perhaps the last, at least 1.
+    Yields:
+        (n, H, W, 3) uint8.
+    Raises:
+        ValueError: not such a file, or a shorter one than its header says.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: not an .npz file") from error
+    with archive:
+        if "arr_0.npy" not in archive.namelist():
+            raise ValueError(f"{path}: got arrays {sorted(archive.namelist())}, expected images as arr_0")
+        with archive.open("arr_0.npy") as file:
+            count, *size = _read_header(file, path)
+            for start in range(0, count, batch_size):
+                shape = (min(batch_size, count - start), *size)
+                data = file.read(math.prod(shape))
+                if len(data) != math.prod(shape):
+                    raise ValueError(f"{path}: ends after fewer than its {count} images")
+                yield np.frombuffer(data, dtype=np.uint8).reshape(shape)
+
+
+def _read_header(file: IO[bytes], path: str | os.PathLike) -> tuple[int, ...]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
+        raise ValueError(f"{path}: arr_0 has dtype {dtype} and shape {shape}, expected uint8 (N, H, W, 3)")
+    return shape
+
+
+def _write_images(file: IO[bytes], batches: Iterable[np.ndarray], count: int) -> None:
     size: tuple[int, int] | None = None
     written = 0
     for batch in batches:
