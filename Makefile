@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it creates. PYTHON chooses the Python it is made with; a torch
+# of the supported range that this Python already has is kept (see tools/make_env.py).
+PYTHON ?= python3
+VENV ?= .venv
+TEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+STAMP := $(VENV)/.installed
+BUILD_INPUTS := pyproject.toml setup.py tools/make_env.py $(wildcard requirements/*.txt) \
+	$(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/include/*.h)
+CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/include/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv and install the project and its tools
+
+demo: $(STAMP)  ## train a small DiT-MoE on real images and sample from it into demo/
+	$(VENV)/bin/dit-moe demo --out demo $(DEMO_ARGS)
+
+test: $(STAMP)  ## run the tests (those that need a GPU are skipped without one)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## check style, formatting and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+	$(VENV)/bin/mypy
+
+format: $(STAMP)  ## rewrite the files as lint wants them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+bench: $(STAMP)  ## a short benchmark on the machine at hand
+	$(VENV)/bin/python -m benchmarks.run $(BENCH_ARGS)
+
+clean:  ## remove .venv, build products and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find kernels dit_moe benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f kernels/dit_moe_kernels/_C*.so
+
+$(STAMP): $(BUILD_INPUTS)
+	$(PYTHON) tools/make_env.py --venv $(VENV)
+	@touch $@

@@ -1,0 +1,46 @@
+// The C interface of the CUDA kernels: raw device pointers, sizes, a dtype, the stream last.
+//
+// Nothing here knows Python or PyTorch. The caller allocates every buffer on the stream's device, makes that device
+// current, and keeps the buffers alive until the stream has run the work. Matrices are row-major and contiguous. A
+// launcher only enqueues: it does not allocate, synchronise or use atomics, so its work can be captured in a CUDA graph
+// and gives the same bits on every run. It returns cudaErrorInvalidValue for sizes or a dtype out of range and
+// otherwise the launch's own error; nothing is launched when there is no output.
+//
+// Names: T tokens, K = top_k choices a token, N = T * K rows, D = width. slot = token * K + choice; a row is a slot's
+// place after sorting by expert. N, K and D fit in 31 bits; products of them are computed in 64.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// An integer, not an enum type, so that a value out of range is defined and can be refused.
+typedef int32_t DitMoeDtype;
+enum { DIT_MOE_FLOAT32 = 0, DIT_MOE_FLOAT16 = 1, DIT_MOE_BFLOAT16 = 2 };
+
+// Dispatch: out[row] = x[row_to_slot[row] / top_k], or zeros where row_to_slot[row] is -1.
+//   x (T, D) dtype, row_to_slot (N,) int32 -> out (N, D) dtype
+cudaError_t dit_moe_permute(const void* x, const int32_t* row_to_slot, void* out, int64_t num_rows, int64_t width,
+                            int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
+
+// Combine: out[t] = sum over k of weights[t, k] * y[slot_to_row[t * top_k + k]], in fp32, in the order of k.
+// A slot whose row is -1 adds nothing, whatever its weight. weights may be NULL, which means ones.
+//   y (N, D) dtype, weights (T, K) fp32, slot_to_row (N,) int32 -> out (T, D) dtype
+cudaError_t dit_moe_unpermute(const void* y, const float* weights, const int32_t* slot_to_row, void* out,
+                              int64_t num_tokens, int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
+
+// Gradients of the weighted combine: dy[row] = weights[slot] * dout[slot / top_k] and
+// dweights[slot] = dot(dout[slot / top_k], y[row]) in fp32, where slot = row_to_slot[row].
+// A row whose slot is -1 gets dy = 0. Slots that own no row are not written: the caller sets dweights to zero before.
+//   dout (T, D) dtype, y (N, D) dtype, weights (T, K) fp32, row_to_slot (N,) int32 -> dy (N, D) dtype, dweights (T, K)
+//   fp32
+cudaError_t dit_moe_unpermute_backward(const void* dout, const void* y, const float* weights,
+                                       const int32_t* row_to_slot, void* dy, float* dweights, int64_t num_rows,
+                                       int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif

@@ -1,0 +1,30 @@
+"""The compiled module, see csrc/python_module.cpp and csrc/include/launch.h.
+
+Tensors are given as addresses (`Tensor.data_ptr()`), the stream as its handle. Nothing is checked but sizes and dtype.
+Every launch raises RuntimeError with the op's name and the CUDA error if it fails.
+"""
+
+FLOAT32: int
+FLOAT16: int
+BFLOAT16: int
+
+def permute(
+    x: int, row_to_slot: int, out: int, num_rows: int, width: int, top_k: int, dtype: int, stream: int
+) -> None: ...
+def unpermute(
+    y: int, weights: int, slot_to_row: int, out: int, num_tokens: int, width: int, top_k: int, dtype: int, stream: int
+) -> None: ...
+def unpermute_backward(
+    dout: int,
+    y: int,
+    weights: int,
+    row_to_slot: int,
+    dy: int,
+    dweights: int,
+    num_rows: int,
+    width: int,
+    top_k: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def build_info() -> dict[str, str]: ...
