@@ -85,7 +85,6 @@ def resolve(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
     return _settle(backend, family, device, dtype)
 
 
-@torch.compiler.assume_constant_result  # a lookup in the process's state, which Dynamo need not trace
 def _settle(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
     if backend == "auto":
         backend = os.environ.get(ENV_BACKEND, "auto")
@@ -98,6 +97,11 @@ def _settle(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend!r} cannot run {family}: {reason}")
     return backend
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (over a second): a lookup in the
+# process's state that Dynamo need not trace.
+_settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -19,11 +19,12 @@ class GemmConfig:
 
     Attributes:
         block_m: tile height of the weight gradient; unused elsewhere.
-        block_n, block_k: tile width, and depth of a main-loop step.
+        block_n, block_k: width of the accumulator tile (gate and up together for SwiGLU), depth of a main-loop step.
         num_warps, num_stages: Triton's warps per program and pipeline stages.
         group_m: row tiles that sweep the columns together, for L2 reuse.
         persistent: one program per multiprocessor that loops over tiles.
-        use_tma: load weights through tensor descriptors where the GPU has them.
+        use_tma: load weights and sorted rows through tensor descriptors where the GPU has them.
+        max_registers: cap per thread, so that two programs fit a multiprocessor; None leaves it to the compiler.
     """
 
     block_n: int
@@ -34,6 +35,7 @@ class GemmConfig:
     block_m: int = 128
     persistent: bool = False
     use_tma: bool = True
+    max_registers: int | None = None
 
 
 def choose_tile_rows(num_rows: int, num_experts: int) -> int:
@@ -60,7 +62,7 @@ def gemm_config(epilogue: str, tile_rows: int, dtype: torch.dtype, capability: t
         return GemmConfig(block_n=128, block_k=64, num_warps=4, num_stages=4)
     if capability >= (9, 0):
         return _HOPPER[epilogue]
-    return GemmConfig(block_n=128 if epilogue == "store" else 64, block_k=32, num_warps=4, num_stages=4)
+    return GemmConfig(block_n=128, block_k=32, num_warps=4, num_stages=4)
 
 
 def dw_config(dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
@@ -74,7 +76,7 @@ def dw_config(dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
 
 _HOPPER = {
     "store": GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=4),
-    "swiglu": GemmConfig(block_n=128, block_k=64, num_warps=8, num_stages=4),
+    "swiglu": GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=4),
     "dswiglu": GemmConfig(block_n=128, block_k=64, num_warps=8, num_stages=4),
     "dw": GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
 }

@@ -7,37 +7,46 @@ import triton.language as tl
 
 
 @triton.jit
+def _split_columns(tile):
+    """Left and right half of a tile's columns."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def _store_plain(
     acc,  # (BLOCK_M, BLOCK_N) fp32
     out_ptr,  # (rows, N)
     rows,
-    cols,
+    col,
     N,
-    mask,
+    row_mask,
 ):
     """out = acc."""
+    cols = col + tl.arange(0, acc.shape[1])
+    mask = row_mask[:, None] & (cols < N)[None, :]
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _store_swiglu(
-    gate,  # (BLOCK_M, BLOCK_N) fp32
-    up,  # (BLOCK_M, BLOCK_N) fp32
+    acc,  # (BLOCK_M, 2 * width) fp32: gate columns, then up columns
     out_ptr,  # (rows, F)
     h_ptr,  # (rows, 2F) or None
     rows,
-    cols,
+    col,
     F,
-    mask,
+    row_mask,
     SAVE_H: tl.constexpr,
 ):
     """out = silu(gate) * up; h = [gate | up] if a backward will come.
 
     The activation is computed from the rounded pre-activations: a backward that reads h recomputes the same value.
     """
-    dtype = out_ptr.dtype.element_ty
-    gate, up = gate.to(dtype), up.to(dtype)
+    cols = col + tl.arange(0, acc.shape[1] // 2)
+    mask = row_mask[:, None] & (cols < F)[None, :]
     row_start = rows.to(tl.int64)[:, None]
+    dtype = out_ptr.dtype.element_ty
+    gate, up = _split_columns(acc.to(dtype))
     if SAVE_H:
         h_ptrs = h_ptr + row_start * (2 * F) + cols[None, :]
         tl.store(h_ptrs, gate, mask=mask)
@@ -45,12 +54,6 @@ def _store_swiglu(
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     activation = gate * tl.sigmoid(gate) * up
     tl.store(out_ptr + row_start * F + cols[None, :], activation.to(dtype), mask=mask)
-
-
-@triton.jit
-def _split_columns(tile):
-    """Left and right half of a tile's columns."""
-    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit

@@ -37,6 +37,7 @@ def expert_ffn(
         w_is_kn=False,
         row_to_slot=row_to_slot,
         top_k=top_k,
+        gather=True,
         h=h if save_h else None,
         **plan,
     )
@@ -62,11 +63,13 @@ def expert_ffn_backward(
     top_k, num_rows, width = topk_weights.shape[1], row_to_slot.shape[0], w2.shape[2]
     plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
     config = configs.gemm_config("dswiglu", tile_rows, x.dtype, common.capability(common.device_index(x)))
+    # Rows are gathered by copies here: a gather inside the weight gradient's main loop was measured slower.
+    grad_rows = permute.permute(grad, row_to_slot, top_k)
     dh = torch.empty_like(h)
     weighted_a = x.new_empty(num_rows, width)
     dots = x.new_empty(num_rows, triton.cdiv(width, config.block_n), dtype=torch.float32)
     grouped_gemm.launch(
-        grad,
+        grad_rows,
         w2,
         dh,
         width=width,
@@ -81,10 +84,10 @@ def expert_ffn_backward(
         config=config,
         **plan,
     )
-    gather = {"row_to_slot": row_to_slot, "top_k": top_k}
-    dw2 = grouped_gemm_dw.launch(grad, weighted_a, offsets, gather_grad=True, **gather)
-    del weighted_a
-    dw13 = grouped_gemm_dw.launch(dh, x, offsets, gather_x=True, **gather)
+    dtopk_weights = permute.sum_row_partials(dots, slot_to_row).view_as(topk_weights)
+    dw2 = grouped_gemm_dw.grouped_gemm_dw(grad_rows, weighted_a, offsets)
+    del grad_rows, weighted_a
+    dw13 = grouped_gemm_dw.grouped_gemm_dw(dh, permute.permute(x, row_to_slot, top_k), offsets)
     dx_rows = grouped_gemm.grouped_gemm_dx(dh, w13, **plan)
     dx = permute.unpermute(dx_rows, None, slot_to_row, top_k)
-    return dx, dw13, dw2, permute.sum_row_partials(dots, slot_to_row).view_as(topk_weights)
+    return dx, dw13, dw2, dtopk_weights

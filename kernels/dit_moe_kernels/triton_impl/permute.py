@@ -79,7 +79,7 @@ def _unpermute_backward_kernel(
     tl.store(dweights_ptr + slot, tl.sum(dot), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _sum_row_partials_kernel(
     partials_ptr,  # (N, P) fp32
     out_ptr,  # (N,) fp32, by slot

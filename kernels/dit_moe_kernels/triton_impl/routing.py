@@ -31,7 +31,7 @@ def _expert_onehot(
     return ((ids[:, None] == experts[None, :]) & (experts < NUM_EXPERTS)[None, :]).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _count_kernel(
     ids_ptr,  # (N,) int32 or int64
     counts_ptr,  # (num_blocks, E) int32
@@ -46,7 +46,7 @@ def _count_kernel(
     tl.store(counts_ptr + tl.program_id(0) * NUM_EXPERTS + experts, counts, mask=experts < NUM_EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_tiles"])
 def _scan_kernel(
     counts_ptr,  # (num_blocks, E) int32: in, counts; out, the first row of each block's slots of each expert
     tokens_per_expert_ptr,  # (E,) int32
@@ -95,7 +95,7 @@ def _scan_kernel(
         tl.store(tile_row_ptr + tiles, row, mask=tiles < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _place_kernel(
     ids_ptr,  # (N,) int32 or int64
     first_rows_ptr,  # (num_blocks, E) int32
