@@ -22,7 +22,7 @@ from .checkpoint.files import written_aside
 from .images import save_npz, to_uint8
 from .sampling import draw_noise, sample_ddim, sample_ddpm, sample_rectified_flow
 
-SAMPLERS = {"rf": sample_rectified_flow, "ddpm": sample_ddpm, "ddim": sample_ddim}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"rf": sample_rectified_flow, "ddpm": sample_ddpm, "ddim": sample_ddim}
 SETTINGS_FILE = "settings.json"
 _NOISE_STREAM, _CLASS_STREAM = 1, 2
 
