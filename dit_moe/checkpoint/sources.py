@@ -210,8 +210,6 @@ def _torch_load(path: Path, mapped: bool) -> object:
                 f"{path} was refused by torch.load(weights_only=True), so nothing in it was run: it is corrupted or "
                 f"holds Python objects other than tensors and plain containers ({_refused(error)})"
             ) from error
-        except OSError:
-            raise
         except Exception as error:  # torch raises many types on damaged files
             raise CheckpointError(
                 f"{path} is no readable torch file: {type(error).__name__}: {str(error).strip()[:300]}"
@@ -230,7 +228,7 @@ def _check_zip(path: Path, verify: bool) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
             broken = archive.testzip() if verify else None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or corrupted: {error}") from error
     if packed:
         raise CheckpointError(f"{path} is no torch file: its record {packed[0]!r} is compressed")
