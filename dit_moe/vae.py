@@ -102,5 +102,7 @@ def load_codec(
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ImportError("decoding latents needs the package diffusers: pip install diffusers") from error
-    autoencoder = AutoencoderKL.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+    autoencoder = AutoencoderKL.from_pretrained(
+        str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+    )
     return LatentCodec(autoencoder.to(device))
