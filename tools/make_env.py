@@ -29,7 +29,7 @@ def main() -> None:
     """Bring the environment up to date, or exit with the reason why not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the environment (default: .venv)")
-    folder = parser.parse_args().venv
+    folder = parser.parse_args().venv.absolute()
     if sys.version_info < MIN_PYTHON:
         sys.exit(
             f"got Python {sys.version.split()[0]}, expected {'.'.join(map(str, MIN_PYTHON))} or newer: set PYTHON=..."
