@@ -190,8 +190,8 @@ def test_a_generator_per_sample_makes_it_independent_of_its_batch(start: tuple[D
     assert torch.equal(draw_noise((2, 3), seeds(1, 2))[1], draw_noise((1, 3), seeds(2))[0])
 
 
-def test_mode_and_gradients_are_left_as_they_were(start: tuple[DiT, Tensor, Tensor]) -> None:
-    model, x, y = start
+def test_mode_and_gradients_are_left_as_they_were() -> None:
+    model, x, y = tiny_model(class_dropout_prob=0.9), torch.randn(3, 4, 8, 8), torch.tensor([1, 7, 9])
     evaluated = sample_rectified_flow(model, x, y, 2, 2.0)
     model.train()
     assert torch.equal(sample_rectified_flow(model, x, y, 2, 2.0), evaluated)  # no class dropout while sampling
@@ -217,6 +217,12 @@ def test_hook_sees_every_step(name: str, start: tuple[DiT, Tensor, Tensor]) -> N
     sample = SAMPLERS[name](*start, 4, 1.5, on_step=on_step)
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert torch.equal(states[-1], sample) and not torch.equal(states[0], states[1])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_empty_batch(name: str) -> None:
+    sample = SAMPLERS[name](tiny_model(), torch.zeros(0, 4, 8, 8), torch.zeros(0, dtype=torch.long), 2)
+    assert sample.shape == (0, 4, 8, 8)
 
 
 def test_times_are_not_rounded_to_the_models_dtype() -> None:
