@@ -7,10 +7,12 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 
+# Tools that the environment borrows from PYTHON's packages have their commands beside that Python.
+export PATH := $(abspath $(VENV))/bin:$(patsubst %/,%,$(dir $(shell command -v $(PYTHON)))):$(PATH)
+
 STAMP := $(VENV)/.installed
-BUILD_INPUTS := pyproject.toml setup.py tools/make_env.py $(wildcard requirements/*.txt) \
-	$(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/include/*.h)
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/include/*.h)
+BUILD_INPUTS := pyproject.toml setup.py tools/make_env.py $(wildcard requirements/*.txt) $(CSRC)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench clean
@@ -27,15 +29,15 @@ test: $(STAMP)  ## run the tests (those that need a GPU are skipped without one)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check style, formatting and types
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
-	$(VENV)/bin/mypy
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(CSRC)
+	$(VENV)/bin/python -m mypy
 
 format: $(STAMP)  ## rewrite the files as lint wants them
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CSRC)
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CSRC)
 
 bench: $(STAMP)  ## a short benchmark on the machine at hand
 	$(VENV)/bin/python -m benchmarks.run $(BENCH_ARGS)
