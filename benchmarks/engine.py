@@ -37,7 +37,7 @@ class Candidate:
         flops: floating-point operations of one call.
         bytes: compulsory traffic of one call: each input read once, each output written once.
         held_bytes: inputs and weights of one call, added to its peak memory.
-        status: "ok", or what to say of a candidate that is timed although it is wrong.
+        status: "ok", maybe with a remark, or what to say of a candidate that is timed although it is wrong.
     """
 
     calls: Sequence[Call]
@@ -104,12 +104,17 @@ def compare(context: Context, template: Row, timers: Sequence[str], builders: di
                     entries[provider, timer] = _timed(context.clock, candidate, timer)
                 except NotCapturable as reason:
                     row = replace(row, status=f"skipped: {reason}")
-                    _ensure_alive(context.clock, provider)
+                    ensure_alive(context.clock, provider)
             rows[provider, timer] = row
     context.watch("timing")
     time_round_robin(context.clock, list(entries.values()), context.options)
     for (provider, timer), entry in entries.items():
-        rows[provider, timer] = _measured(rows[provider, timer], candidates[provider], entry)
+        row = rows[provider, timer]
+        if entry.failure is None:
+            rows[provider, timer] = _measured(row, candidates[provider], entry)
+        else:
+            rows[provider, timer] = replace(row, status=status_of(entry.failure))
+            ensure_alive(context.clock, provider)
     return add_ratios(rows.values())
 
 
@@ -125,8 +130,8 @@ def _prepare(context: Context, provider: str, build: Builder) -> tuple[Candidate
         peak = context.clock.peak_bytes(candidate.calls[0])
         return candidate, candidate.status, None if peak is None else (peak + candidate.held_bytes) / MIB
     except Exception as error:
-        status = _status(error)
-    _ensure_alive(context.clock, provider)
+        status = status_of(error)
+    ensure_alive(context.clock, provider)
     return None, status, None
 
 
@@ -137,7 +142,7 @@ def _timed(clock: Clock, candidate: Candidate, timer: str) -> Timed:
 
 
 def _measured(row: Row, candidate: Candidate, entry: Timed) -> Row:
-    sample = summarize(entry.times_ms or [])
+    sample = summarize(entry.times_ms)
     return replace(
         row,
         median_ms=sample.median_ms,
@@ -148,7 +153,8 @@ def _measured(row: Row, candidate: Candidate, entry: Timed) -> Row:
     )
 
 
-def _status(error: Exception) -> str:
+def status_of(error: Exception) -> str:
+    """The status that reports a failure; unexpected ones also print their traceback."""
     if isinstance(error, Unavailable):
         return f"unavailable: {error}"
     if isinstance(error, WrongResult):
@@ -159,16 +165,12 @@ def _status(error: Exception) -> str:
     return f"failed: {first_line(error)}"
 
 
-def _ensure_alive(clock: Clock, provider: str) -> None:
+def ensure_alive(clock: Clock, provider: str) -> None:
     """Free what a failed provider held, and find out whether it took the GPU context with it."""
-    _release()
+    gc.collect()
     try:
         clock.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     except Exception as error:
         raise DeviceLost(provider) from error
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from .engine import Context, DeviceLost
+from .engine import Context, DeviceLost, ensure_alive
 from .results import Row
 from .suites import SUITES, Task
 from .timing import TimingOptions, first_line, make_clock
@@ -98,6 +98,7 @@ def _run_task(task: Task, context: Context) -> list[Row]:
         raise
     except Exception as error:
         traceback.print_exc()
+        ensure_alive(context.clock, "inputs")
         return _rows_without_figures(task, dict.fromkeys(task.providers, f"failed: {first_line(error)}"))
 
 

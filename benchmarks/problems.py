@@ -9,7 +9,7 @@ is at least MARGIN, so that a provider that computes its logits in bf16 still ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,21 +134,17 @@ def plain_layer(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int) ->
 
 
 class Expected:
-    """The right results of a problem and how far off each may be: twice the error of plain PyTorch in its dtype.
+    """The right results and how far off each may be: twice the error of plain PyTorch in the dtype under test.
 
     Args:
-        problem: inputs; 16-bit ones are checked against fp32, fp32 ones against fp64.
-        mode: "fwd" or "fwd_bwd"; only the latter has gradients.
+        wanted: results of plain PyTorch in a wider dtype, by name: "out" and the names of gradients.
+        plain: the same in the dtype under test.
     """
 
-    def __init__(self, problem: MoEProblem, mode: str) -> None:
-        wide = torch.float64 if problem.x.dtype == torch.float32 else torch.float32
-        leaves = (problem.x, problem.gate, problem.w13, problem.w2)
-        self._wanted = _plain_results(tuple(leaf.detach().to(wide) for leaf in leaves), problem, mode)
-        plain = _plain_results(tuple(leaf.detach() for leaf in leaves), problem, mode)
+    def __init__(self, wanted: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> None:
+        self._wanted = wanted
         self._allowed = {
-            name: 2 * _error(plain[name], wanted) + 1e-5 * wanted.abs().max().item()
-            for name, wanted in self._wanted.items()
+            name: 2 * _error(plain[name], value) + 1e-5 * value.abs().max().item() for name, value in wanted.items()
         }
 
     def complaint(self, results: dict[str, Tensor]) -> str | None:
@@ -180,11 +176,35 @@ def _error(got: Tensor, wanted: Tensor) -> float:
     return torch.stack([(a.to(b.dtype) - b).abs().max() for a, b in parts]).max().item()
 
 
-def _plain_results(leaves: tuple[Tensor, ...], problem: MoEProblem, mode: str) -> dict[str, Tensor]:
+def expected_layer(problem: MoEProblem, mode: str) -> Expected:
+    """What a provider of the routed layer must return: "out", and for fwd_bwd also "x", "gate", "w13" and "w2"."""
+    leaves = (problem.x, problem.gate, problem.w13, problem.w2)
+
+    def results(*tensors: Tensor) -> dict[str, Tensor]:
+        out = plain_layer(*tensors, problem.shape.top_k)
+        return with_gradients(out, dict(zip(("x", "gate", "w13", "w2"), tensors, strict=True)), problem.dout, mode)
+
+    return expected_from(results, leaves, mode)
+
+
+def expected_from(results: Callable[..., dict[str, Tensor]], leaves: Sequence[Tensor], mode: str) -> Expected:
+    """Evaluate plain PyTorch twice: in fp32 (fp64 for fp32 leaves) and in the leaves' own dtype.
+
+    Args:
+        results: leaves -> named results.
+        leaves: inputs.
+        mode: "fwd" or "fwd_bwd"; only the latter needs gradients.
+    """
+    wide = torch.float64 if leaves[0].dtype == torch.float32 else torch.float32
+    with torch.set_grad_enabled(mode == "fwd_bwd"):
+        wanted = results(*(leaf.detach().to(wide).requires_grad_(mode == "fwd_bwd") for leaf in leaves))
+        plain = results(*(leaf.detach().requires_grad_(mode == "fwd_bwd") for leaf in leaves))
+    return Expected(wanted, plain)
+
+
+def with_gradients(out: Tensor, leaves: Mapping[str, Tensor], dout: Tensor, mode: str) -> dict[str, Tensor]:
+    """{"out": out} and, for fwd_bwd, the gradients of the leaves under their names."""
     if mode == "fwd":
-        with torch.no_grad():
-            return {"out": plain_layer(*leaves, problem.shape.top_k)}
-    leaves = tuple(leaf.requires_grad_() for leaf in leaves)
-    out = plain_layer(*leaves, problem.shape.top_k)
-    grads = torch.autograd.grad(out, leaves, problem.dout.to(out.dtype))
-    return dict(zip(("out", "x", "gate", "w13", "w2"), (out.detach(), *grads), strict=True))
+        return {"out": out}
+    grads = torch.autograd.grad(out, tuple(leaves.values()), dout.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}

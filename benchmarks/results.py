@@ -26,7 +26,7 @@ class Row:
         gbps: 10^9 bytes a second, each input read once and each output written once.
         peak_mib: highest memory during one call, with its inputs and weights.
         ratio_to_gemm: median_ms over that of the gemm provider in the same run.
-        status: "ok", or "unavailable", "failed" or "skipped" and why.
+        status: "ok", maybe with a remark, or "unavailable", "failed" or "skipped" and why.
     """
 
     suite: str
@@ -46,6 +46,11 @@ class Row:
     peak_mib: float | None = None
     ratio_to_gemm: float | None = None
     status: str = OK
+
+    @property
+    def ok(self) -> bool:
+        """Whether the figures are right and complete."""
+        return self.status.partition(":")[0] == OK
 
     @property
     def key(self) -> tuple[Any, ...]:

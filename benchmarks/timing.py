@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -182,25 +182,45 @@ def make_clock(device: str) -> Clock:
 
 @dataclass
 class Timed:
-    """One candidate under one timer while it is measured."""
+    """One candidate under one timer while it is measured.
+
+    Args:
+        calls: taken in turn; each stands for calls_per_unit calls of the candidate.
+        calls_per_unit: more than one where a call replays a graph of several.
+        count: how many of `calls` make a sample.
+        times_ms: samples, per call of the candidate.
+        failure: what stopped this entry.
+    """
 
     calls: Sequence[Call]
     calls_per_unit: int
     count: int = 1
-    times_ms: list[float] | None = None
+    times_ms: list[float] = field(default_factory=list)
+    failure: Exception | None = None
+
+    def take(self, clock: Clock) -> None:
+        """Add one sample; an entry that fails, for instance for lack of memory, is left out from then on."""
+        if self.failure is None:
+            try:
+                self.times_ms.append(clock.time_ms(self.calls, self.count) / self.calls_per_unit)
+            except Exception as error:
+                self.failure = error
 
 
 def time_round_robin(clock: Clock, entries: Sequence[Timed], options: TimingOptions) -> None:
     """Fill each entry's times_ms, one sample a round, starting each round with another entry."""
     for entry in entries:
-        entry.times_ms = []
-        estimate = min(clock.time_ms(entry.calls, len(entry.calls)) for _ in range(2))
+        entry.count = len(entry.calls)
+        for _ in range(2):
+            entry.take(clock)
+        estimate = min(entry.times_ms, default=1.0) * entry.calls_per_unit
         wanted = max(1, min(round(options.batch_ms / max(estimate, 1e-4)), options.max_calls))
         entry.count = -(-wanted // len(entry.calls)) * len(entry.calls)  # each copy of the inputs equally often
+        entry.times_ms.clear()
     for round_index in range(options.rounds):
         first = round_index % max(len(entries), 1)
         for entry in (*entries[first:], *entries[:first]):
-            entry.times_ms.append(clock.time_ms(entry.calls, entry.count) / entry.calls_per_unit)
+            entry.take(clock)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from .base import Layer, Provider
 from .loop import Loop
+from .megablocks import MegaBlocks
+from .moe_ops import MoeOps
 from .ours import Fused, Unfused
 from .padded import Padded
+from .sonicmoe import SonicMoE
+from .stk import Stk
 from .torch_grouped import TorchGrouped
 
 __all__ = ["BASELINES", "Layer", "Provider", "layer_providers"]
@@ -23,5 +27,9 @@ def layer_providers() -> dict[str, Provider]:
         TorchGrouped("torch-grouped-mm-compiled", compiled=True),
         Padded(),
         Loop(),
+        Stk(),
+        MegaBlocks(),
+        MoeOps(),
+        SonicMoE(),
     ]
     return {provider.name: provider for provider in providers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,3 +47,20 @@ def same_layout(grads: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def problem_weights(problem: MoEProblem) -> dict[str, Tensor]:
     """The problem's weights as the leaves of a provider that uses their layout."""
     return {"gate": problem.gate, "w13": problem.w13, "w2": problem.w2}
+
+
+def missing_package(module: str, package: str, device: str) -> str | None:
+    """Why an optional GPU package cannot run, or None.
+
+    Args:
+        module: what it is imported as; a submodule tells it from another package of the same name.
+        package: its name on PyPI.
+        device: "cpu" or "cuda".
+    """
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent of a submodule is absent
+        found = False
+    if not found:
+        return f"the package {package} is not installed"
+    return None if device == "cuda" else f"got device {device!r}, expected 'cuda'"

@@ -32,11 +32,26 @@ class Loop:
 
         def forward(x: Tensor) -> Tensor:
             probs = F.linear(x.float(), problem.gate.float()).softmax(dim=-1)
-            topk_weights, topk_ids = probs.topk(problem.shape.top_k, dim=-1, sorted=False)
-            layer = _train if torch.is_grad_enabled() else _infer
-            return layer(x, topk_weights, topk_ids, experts)
+            return routed_loop(x, probs, problem.shape.top_k, experts)[0]
 
         return Layer(forward, weights, _stack)
+
+
+def routed_loop(x: Tensor, probs: Tensor, top_k: int, experts: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """The routed experts, by one path for inference and another for training.
+
+    Args:
+        x: (T, D), tokens.
+        probs: (T, E) fp32, the router's softmax.
+        top_k: K.
+        experts: gate, up and down weights of each expert.
+
+    Returns:
+        (T, D) output, and (E,) rows of each expert.
+    """
+    topk_weights, topk_ids = probs.topk(top_k, dim=-1, sorted=False)
+    layer = _train if torch.is_grad_enabled() else _infer
+    return layer(x, topk_weights, topk_ids, experts), topk_ids.flatten().bincount(minlength=len(experts))
 
 
 def _expert(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:

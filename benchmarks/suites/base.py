@@ -106,6 +106,7 @@ def choose(given: Sequence[Any] | None, default: Sequence[Any], tiny: Sequence[A
     return tiny if choice.tiny else default
 
 
-def choose_providers(choice: Choice, known: Sequence[str]) -> tuple[str, ...]:
-    """The chosen providers that this suite knows, in the suite's order; all of them if none was chosen."""
-    return tuple(name for name in known if choice.providers is None or name in choice.providers)
+def choose_providers(choice: Choice, known: Sequence[str], default: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The chosen providers that this suite knows, in the suite's order; if none was chosen, the default or all."""
+    chosen = choice.providers if choice.providers is not None else default if default is not None else known
+    return tuple(name for name in known if name in chosen)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cases import TINY_CASE, expert_flops, layer_shape
 from ..engine import Builder, Candidate, Context, Unavailable, WrongResult, compare
-from ..problems import Expected, MoEProblem, make_problem
+from ..problems import Expected, MoEProblem, expected_layer, make_problem, with_gradients
 from ..providers import BASELINES, layer_providers
 from ..providers.base import Layer, Provider
 from ..providers.dense import DenseMlp, dense_complaint
@@ -45,7 +45,7 @@ def run(task: Task, context: Context) -> list[Row]:
         make_problem(shape, task.tokens, task.routing, task.torch_dtype, task.device, seed=copy)
         for copy in range(1, _copies(first, task.device))
     ]
-    expected = Expected(first, task.mode)
+    expected = expected_layer(first, task.mode)
     known = layer_providers()
 
     def builder(name: str) -> Builder:
@@ -77,15 +77,24 @@ def _routed(
     if complaint is not None and not context.keep_failed:
         raise WrongResult(complaint)
     return Candidate(
-        calls=[_call(layer, problem, task.mode) for layer, problem in zip(layers, problems, strict=True)],
+        calls=[layer_call(layer, problem, task.mode) for layer, problem in zip(layers, problems, strict=True)],
         flops=expert_flops(problems[0].shape, task.tokens, task.mode),
         bytes=_traffic(problems[0], task.mode),
         held_bytes=_held(problems[0]),
-        status=OK if complaint is None else f"failed: wrong result, {complaint}",
+        status=_status(provider, complaint),
     )
 
 
-def _call(layer: Layer, problem: MoEProblem, mode: str) -> Callable[[], object]:
+def _status(provider: Provider, complaint: str | None) -> str:
+    """Fine, with the provider's remark if it has one, or wrong but timed all the same."""
+    if complaint is not None:
+        return f"failed: wrong result, {complaint}"
+    note = getattr(provider, "note", None)
+    return OK if note is None else f"{OK}: {note}"
+
+
+def layer_call(layer: Layer, problem: MoEProblem, mode: str) -> Callable[[], object]:
+    """The call to time: forward without gradients, or forward and all gradients."""
     if mode == "fwd":
 
         def forward() -> Tensor:
@@ -99,11 +108,10 @@ def _call(layer: Layer, problem: MoEProblem, mode: str) -> Callable[[], object]:
 
 def _results(layer: Layer, problem: MoEProblem, mode: str) -> dict[str, Tensor]:
     if mode == "fwd":
-        return {"out": _call(layer, problem, mode)()}
-    out = layer.forward(problem.x)
-    dx, *rest = torch.autograd.grad(out, (problem.x, *layer.weights.values()), problem.dout)
-    grads = layer.canonical(dict(zip(layer.weights, rest, strict=True)))
-    return {"out": out.detach(), "x": dx, **grads}
+        return {"out": layer_call(layer, problem, mode)()}
+    results = with_gradients(layer.forward(problem.x), {"x": problem.x, **layer.weights}, problem.dout, mode)
+    out, dx = results.pop("out"), results.pop("x")
+    return {"out": out, "x": dx, **layer.canonical(results)}
 
 
 def _held(problem: MoEProblem) -> int:
