@@ -14,6 +14,7 @@ from .results import OK, Row, add_ratios
 from .timing import Call, Clock, NotCapturable, Timed, TimingOptions, first_line, summarize, time_round_robin
 
 MIB = 2**20
+OUT_OF_MEMORY = "failed: out of memory"
 
 
 class Unavailable(Exception):
@@ -160,7 +161,7 @@ def status_of(error: Exception) -> str:
     if isinstance(error, WrongResult):
         return f"failed: wrong result, {error}"
     if isinstance(error, torch.OutOfMemoryError):
-        return "failed: out of memory"
+        return OUT_OF_MEMORY
     traceback.print_exc()
     return f"failed: {first_line(error)}"
 

@@ -126,7 +126,7 @@ class ModelShop:
             config = dense_config(self.config, name.removeprefix("dense-"))
             model = Model(fresh_model(config, self._device, self._dtype), flops(config), nullcontext)
         elif name == "loop":
-            model = Model(with_loop(self.moe), flops(self.config), nullcontext)
+            model = Model(with_loop(self.moe), flops(self.config), partial(use_backend, "reference"))
         else:
             backend = name.removeprefix("ours-")
             reason = availability(backend, self._device)

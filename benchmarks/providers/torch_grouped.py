@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine import Unavailable
 from ..problems import MoEProblem
 from .base import Layer, problem_weights, same_layout
 
@@ -33,6 +34,8 @@ class TorchGrouped:
         """A function over the problem's tensors, compiled for their exact shapes if asked."""
         layer = _layer
         if self._compiled:
+            if problem.x.dtype != torch.bfloat16:
+                raise Unavailable(f"compiled grouped_mm: got {problem.x.dtype}, expected torch.bfloat16")
             torch._dynamo.reset()  # other shapes of earlier tasks would count against the limit of recompilations
             layer = torch.compile(_layer, dynamic=False, fullgraph=True)
         arguments = (problem.gate, problem.w13, problem.w2, problem.shape.top_k)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cases import TINY_CASE
-from ..engine import Candidate, Context, WrongResult, compare
+from ..engine import OUT_OF_MEMORY, Candidate, Context, WrongResult, compare
 from ..models import DEFAULT_PROVIDERS, PROVIDERS, Model, ModelShop, moe_config
 from ..results import Row
 from .base import Choice, Suite, Task, choose, choose_providers
