@@ -18,3 +18,11 @@ def _poisoned_memory() -> Iterator[None]:
         yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True)
+def _shared_gpu() -> Iterator[None]:
+    """Hand large blocks back after a test, since several pytest workers share one GPU."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**31:
+        torch.cuda.empty_cache()

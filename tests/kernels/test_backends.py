@@ -1,6 +1,7 @@
 """Choosing a backend: by argument, by context manager, by environment variable, or by what can run."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -44,7 +45,9 @@ def test_a_missing_backend_says_why(backend):
         assert isinstance(availability(backend, "cuda"), str)
 
 
-@pytest.mark.parametrize("call", [lambda: availability("fast"), lambda: resolved("fast"), lambda: use_backend("fast").__enter__()])
+@pytest.mark.parametrize(
+    "call", [lambda: availability("fast"), lambda: resolved("fast"), lambda: use_backend("fast").__enter__()]
+)
 def test_an_unknown_name_is_an_error(call):
     with pytest.raises(ValueError, match="'fast'.*expected.*reference"):
         call()
@@ -155,8 +158,6 @@ assert x.grad.isfinite().all()
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     env.pop("TRITON_INTERPRET", None)
     return env

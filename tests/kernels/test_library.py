@@ -14,7 +14,7 @@ from dit_moe_kernels import (
     unpermute,
 )
 
-from tests.kernels.util import BF16, FP32, Case, gpu_targets, make_ids, make_weights, randn, targets
+from tests.kernels.util import BF16, FP32, Case, Target, gpu_targets, make_ids, make_weights, randn, targets
 
 CASE = Case("", 21, 4, 2, 40, 48, "some")
 NAMESPACE = "dit_moe::"
@@ -73,7 +73,7 @@ def test_every_op_of_the_namespace_is_checked():
 
 
 @pytest.mark.parametrize("name", OP_NAMES)
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
+@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32], reference_on_gpu=False))
 def test_opcheck(target, name, monkeypatch):
     """Schema, fake outputs, autograd registration, and autograd through AOT with dynamic shapes."""
     # Rows that are not in use may hold anything, which opcheck would report as two runs that differ.
@@ -149,7 +149,7 @@ def test_many_runs_of_a_large_layer_give_the_same_bits(target, layer):
 
 
 @LAYERS
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
+@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32], reference_on_gpu=False))
 def test_compiles_as_one_graph(target, layer):
     """torch.compile(fullgraph=True), forward and backward, with another number of tokens the second time."""
     torch._dynamo.reset()
@@ -163,7 +163,7 @@ def test_compiles_as_one_graph(target, layer):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
+@pytest.mark.parametrize("target", targets(dtypes=[FP32]))
 def test_the_default_backend_compiles_as_one_graph(target):
     """backend="auto", which looks up what can run, must not break the graph either."""
     torch._dynamo.reset()
@@ -266,23 +266,17 @@ def test_cuda_permute_runs_on_the_current_stream_and_in_a_graph(target, unpoison
     assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize("target", gpu_targets("triton", "cuda"))
-def test_a_gpu_that_is_not_the_current_one(target):
+@pytest.mark.gpu
+@LAYERS
+def test_a_gpu_that_is_not_the_current_one(layer):
+    """Kernels run where their tensors are, whatever torch.cuda.current_device() says."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    gemm_backend = "triton"
-    inputs = [tensor.to("cuda:1") for tensor in layer_inputs(target, SMALL)]
-    x, gate, w13, w2 = inputs
+    inputs = [tensor.to("cuda:1") for tensor in layer_inputs(Target("auto", "cuda", BF16), SMALL)]
     with torch.cuda.device(1):
-        expected, _ = unfused_layer(x, gate, w13, w2, 2, gemm_backend)
+        expected = step(layer, inputs, 2, "auto")
     with torch.cuda.device(0):
-        if target.backend == "triton":
-            got, _ = unfused_layer(x, gate, w13, w2, 2, "triton")
-            assert torch.equal(got, expected)
-        plan = make_routing_plan(make_ids(SMALL, "cuda:1"), SMALL.num_experts)
-        assert torch.equal(
-            permute(x, plan, backend=target.backend), permute(x, plan, backend="reference")
-        )
+        assert_same_bits(step(layer, inputs, 2, "auto"), expected)
 
 
 @pytest.mark.parametrize("target", gpu_targets("triton", dtypes=[BF16]))

@@ -100,7 +100,9 @@ def test_a_bad_row_shows_and_stays_alone(target, bad):
             torch.testing.assert_close(weights[row].double(), expected[0][row], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(37, 4, 72), (5, 1, 33), (0, 4, 40), (1, 16, 40)], ids="T{0[0]}_E{0[1]}_D{0[2]}".format)
+@pytest.mark.parametrize(
+    "shape", [(37, 4, 72), (5, 1, 33), (0, 4, 40), (1, 16, 40)], ids="T{0[0]}_E{0[1]}_D{0[2]}".format
+)
 @pytest.mark.parametrize("target", LOGIT_TARGETS)
 def test_router_logits(target, shape):
     check_router_logits(target, *shape)

@@ -1,0 +1,122 @@
+"""Compile every Triton kernel for a GPU that is not there, exactly as the launchers would, and describe the results.
+
+Run as `python -m tests.kernels.aot_compile CAPABILITY DTYPE`, e.g. `90 bf16`, without TRITON_INTERPRET. The launchers
+run on CPU tensors; a stand-in for Triton's driver names the GPU, and every launch stops after compilation. Prints one
+JSON line per compiled variant: kernel, constants, shared memory in bytes, and which instructions its PTX holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import torch
+import triton
+from dit_moe_kernels import configs, make_routing_plan
+from dit_moe_kernels.triton_impl import (
+    common,
+    expert_ffn,
+    grouped_gemm,
+    grouped_gemm_dw,
+    permute,
+    router,
+    routing,
+    swiglu,
+)
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tma": "cp.async.bulk.tensor", "cp_async": "cp.async.cg"}
+_case: dict[str, str] = {}  # what launch_everything is at, for the descriptions
+
+
+class AbsentGPU:
+    """What `JITFunction.run` asks of a driver up to the compilation."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def install(capability: int) -> None:
+    """Make launchers believe in the GPU and print a description instead of launching."""
+    triton.runtime.driver.set_active(AbsentGPU(capability))
+    common.capability = lambda index: divmod(capability, 10)
+    common.num_sms = lambda index: 132
+    original = JITFunction.run
+    seen = set()
+
+    def compile_only(self: JITFunction, *args, grid, warmup: bool, **kwargs):
+        compiled = original(self, *args, grid=grid, warmup=True, **kwargs)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            print(json.dumps(describe(self, kwargs, compiled)), flush=True)
+        return compiled
+
+    JITFunction.run = compile_only
+
+
+def describe(kernel: JITFunction, constants: dict, compiled) -> dict:
+    """What the tests look at, of one compiled variant."""
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": kernel.__name__,
+        **_case,
+        "constants": {name: value for name, value in constants.items() if isinstance(value, (int, str))},
+        "target": re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1),
+        "shared": compiled.metadata.shared,
+        "cubin": len(compiled.asm["cubin"]),
+        **{name: instruction in ptx for name, instruction in INSTRUCTIONS.items()},
+    }
+
+
+def launch_everything(dtype: torch.dtype) -> None:
+    """Call each launcher on the shapes of a large aligned layer, of a small one, and on widths nothing divides."""
+    for tokens, tile_rows, width, hidden in [(64, 128, 128, 256), (8, 16, 128, 256), (8, 16, 33, 50)]:
+        _case["case"] = f"{tile_rows} rows, width {width}"
+        ids = torch.zeros(tokens, 2, dtype=torch.int32)
+        plan = make_routing_plan(ids, 4, tile_rows=tile_rows, backend="reference")
+        rows = 2 * tokens
+        x, y, grad = (torch.zeros(n, width, dtype=dtype) for n in (tokens, rows, tokens))
+        w13, w2 = torch.zeros(4, 2 * hidden, width, dtype=dtype), torch.zeros(4, width, hidden, dtype=dtype)
+        h, a = torch.zeros(rows, 2 * hidden, dtype=dtype), torch.zeros(rows, hidden, dtype=dtype)
+        weights = torch.zeros(tokens, 2)
+        tiles = (plan.expert_offsets, plan.tile_expert, plan.tile_row, tile_rows)
+        maps = (plan.expert_offsets, plan.row_to_slot, plan.slot_to_row, plan.tile_expert, plan.tile_row, tile_rows)
+
+        grouped_gemm.grouped_gemm(y, w13, *tiles)
+        grouped_gemm.grouped_gemm_dx(h, w13, *tiles)
+        grouped_gemm_dw.grouped_gemm_dw(h, y, plan.expert_offsets)
+        for save_h in (True, False):
+            expert_ffn.expert_ffn(x, w13, w2, weights, *maps, save_h)
+        expert_ffn.expert_ffn_backward(grad, h, x, w13, w2, weights, *maps)
+        routing.routing_plan(ids, 4, tile_rows)
+        probs = torch.zeros(tokens, 4)
+        router.router_logits(x, torch.zeros(4, width, dtype=dtype))
+        router.topk_softmax(probs, 2)
+        router.topk_softmax_backward(weights, probs, ids, probs)
+        permute.permute(x, plan.row_to_slot, 2)
+        permute.unpermute(y, weights, plan.slot_to_row, 2)
+        permute.unpermute_backward(x, y, weights, plan.row_to_slot)
+        swiglu.swiglu(h)
+        swiglu.swiglu_backward(a, h)
+    for tile_rows in sorted(set(configs.TILE_ROWS) - {16, 128}):
+        _case["case"] = f"{tile_rows} rows, width 128"
+        plan = make_routing_plan(torch.zeros(64, 1, dtype=torch.int32), 4, tile_rows=tile_rows, backend="reference")
+        tiles = (plan.expert_offsets, plan.tile_expert, plan.tile_row, tile_rows)
+        grouped_gemm.grouped_gemm(torch.zeros(64, 128, dtype=dtype), torch.zeros(4, 256, 128, dtype=dtype), *tiles)
+
+
+if __name__ == "__main__":
+    install(int(sys.argv[1]))
+    launch_everything(DTYPES[sys.argv[2]])

@@ -1,0 +1,70 @@
+"""Small cases of every op on a GPU, for NVIDIA's memory checker.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/run_sanitizer.py
+
+Without PyTorch's caching allocator every tensor is an allocation of its own, so that an access outside it is seen.
+Runs both kernel backends, forward and backward, on sizes that leave every tile partly empty. Takes no arguments; the
+results themselves are checked by pytest.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "kernels")]
+
+import torch  # noqa: E402
+from dit_moe_kernels import (  # noqa: E402
+    availability,
+    expert_ffn,
+    grouped_gemm,
+    make_routing_plan,
+    permute,
+    router_logits,
+    swiglu,
+    topk_softmax,
+    unpermute,
+)
+
+# tokens, experts, choices, model width, expert width, tile height
+SIZES = [(37, 4, 2, 72, 48, 16), (9, 3, 3, 33, 50, 16), (1, 8, 2, 40, 48, 16), (150, 2, 1, 64, 136, 128)]
+
+
+def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -> None:
+    """One forward and backward of the fused and of the unfused layer; every third slot is not routed."""
+    tokens, experts, top_k, width, hidden, tile_rows = size
+    x = torch.randn(tokens, width, device="cuda", dtype=dtype, requires_grad=True)
+    gate = torch.randn(experts, width, device="cuda", requires_grad=True)
+    w13 = torch.randn(experts, 2 * hidden, width, device="cuda", dtype=dtype, requires_grad=True)
+    w2 = torch.randn(experts, width, hidden, device="cuda", dtype=dtype, requires_grad=True)
+    weights, ids, probs = topk_softmax(router_logits(x, gate, backend="triton"), top_k, backend="triton")
+    ids.view(-1)[::3] = -1
+    plan = make_routing_plan(ids, experts, tile_rows=tile_rows, backend="triton")
+    fused = expert_ffn(x, w13, w2, weights, plan, backend="triton")
+    h = grouped_gemm(permute(x, plan, backend=permute_backend), w13, plan, backend="triton")
+    y = grouped_gemm(swiglu(h, backend="triton"), w2, plan, backend="triton")
+    unfused = unpermute(y, plan, weights, backend=permute_backend)
+    summed = unpermute(y, plan, backend=permute_backend)
+    (fused.float().sum() + unfused.float().sum() + summed.float().sum() + probs.square().sum()).backward()
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    """Run every size in every dtype on each backend that can run; 1 if a backend is missing."""
+    missing = 0
+    for backend in ("triton", "cuda"):
+        reason = availability(backend)
+        if reason is not None:
+            print(f"{backend}: not run: {reason}")
+            missing = 1
+            continue
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for size in SIZES:
+                run_layer(size, dtype, backend)
+        print(f"{backend}: {len(SIZES)} sizes in 3 dtypes")
+    return missing
+
+
+if __name__ == "__main__":
+    sys.exit(main())
