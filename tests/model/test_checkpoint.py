@@ -298,6 +298,19 @@ def test_save_official(tmp_path: Path, file: str) -> None:
         assert_same_bytes(torch.load(tmp_path / file, weights_only=True), state)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_straight_to_the_gpu(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    state = official_state(width=64, experts=8, head_dim=16, dtype=torch.float16)
+    torch.save({"ema": state}, tmp_path / "model.pt")
+    model = load_checkpoint(tmp_path / "model.pt", device="cuda", dtype=dtype)
+    assert all(param.is_cuda for param in model.parameters())
+    exported = {key: value.cpu() for key, value in export_state_dict(model).items()}
+    assert_same_bytes(exported, {key: value.to(dtype or torch.float16) for key, value in state.items()})
+    save_model(model, tmp_path / "native.safetensors")
+    assert_same_bytes(load_model(tmp_path / "native.safetensors").cpu().state_dict(), model.cpu().state_dict())
+
+
 MEASURE = """
 import sys, threading, time, pathlib, re
 import torch

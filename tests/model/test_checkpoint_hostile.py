@@ -227,7 +227,7 @@ WRONG_CONFIG = [
     (put("final_layer.linear.weight", 20, 32), "final_layer.linear.weight has 20 rows"),
     (put("blocks.7.attn.qkv.weight", 96, 32), r"missing blocks.2.\*, highest is 7"),
     (put("blocks.999999.attn.qkv.weight", 96, 32), r"missing blocks.2.\*, highest is 999999"),
-    (put("blocks.0.moe.gate.weight", 10**7, 32), "10000000 rows, more than there are keys"),
+    (put("blocks.0.moe.gate.weight", 10**4, 32), "10000 rows, more than there are keys"),
     (put("blocks.0.moe.shared_experts.gate_proj.weight", 63, 32), "width 63, expected a multiple"),
     (put("pos_embed", 1, 16, 32, dtype=torch.int64), "not floating-point: pos_embed"),
     (put("pos_embed", 1, 16, 32, dtype=torch.float8_e4m3fn), "not floating-point: pos_embed"),
