@@ -53,6 +53,13 @@ class Row:
         return self.status.partition(":")[0] == OK
 
     @property
+    def intensity(self) -> float:
+        """Operations per compulsory byte; needs both rates."""
+        if not self.tflops or not self.gbps:
+            raise ValueError(f"intensity: got tflops {self.tflops} and gbps {self.gbps}, expected both")
+        return self.tflops * 1e3 / self.gbps
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What the row is about, without the figures."""
         return tuple(getattr(self, name) for name in KEY)

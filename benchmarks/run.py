@@ -14,9 +14,10 @@ from . import env, results
 from .cases import MODES, ROUTINGS, TIMERS
 from .isolate import Job, run_here, run_isolated
 from .report import table
+from .short import short_run
 from .suites import SUITES, Choice, Task
 from .suites.base import DTYPES
-from .timing import TimingOptions
+from .timing import TimingOptions, measure_peaks
 
 _ALIASES = {"bwd": "fwd_bwd"}
 _TINY_TIMING = TimingOptions(rounds=3, batch_ms=1.0, max_calls=2, warmup_ms=0.0)
@@ -31,16 +32,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks: torch sees no GPU; add --device cpu --tiny for a smoke run", file=sys.stderr)
         return 2
     if device == "cpu" and not options.tiny:
-        print("benchmarks: the full sizes need a GPU; add --tiny for a smoke run on the CPU", file=sys.stderr)
-        return 2
+        print("benchmarks: no GPU is used, so this is a smoke run with tiny sizes (--tiny)", file=sys.stderr)
+        options.tiny = True
     environment = env.describe(given, device)
-    for name in options.suite or list(SUITES):
-        tasks = SUITES[name].plan(_choice(options, device))
-        if not tasks:
+    if device == "cuda":
+        environment["peaks"] = measure_peaks(options.tiny)
+    choice = _choice(options, device)
+    plans = [(name, choice) for name in options.suite] if options.suite else short_run(choice)
+    for name, chosen in plans:
+        tasks = SUITES[name].plan(chosen)
+        if tasks:
+            _run_suite(name, tasks, options, environment)
+        else:
             print(f"benchmarks: nothing to run in suite {name} with these choices", file=sys.stderr)
-            continue
-        _run_suite(name, tasks, options, environment)
+    if options.plot or not options.suite:
+        _draw(options.out)
     return 0
+
+
+def _draw(out: Path) -> None:
+    """Draw the plots, if matplotlib is there."""
+    try:
+        from .plot import draw_all
+    except ModuleNotFoundError as error:
+        print(f"benchmarks: no plots, {error}", file=sys.stderr)
+        return
+    for path in draw_all(out):
+        print(f"wrote {path}")
 
 
 def _run_suite(name: str, tasks: list[Task], options: argparse.Namespace, environment: dict) -> None:
@@ -95,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     providers = sorted({name for suite in SUITES.values() for name in suite.providers})
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     add = parser.add_argument
-    add("--suite", type=_list_of(*SUITES), metavar="A,B", help=f"default: all of {', '.join(SUITES)}")
+    add("--suite", type=_list_of(*SUITES), metavar="A,B", help=f"among {', '.join(SUITES)}; default: a short selection")
     add("--case", type=_list_of(), metavar="A,B", help="shapes of the paper's models, such as XL/2-8E2A")
     add("--tokens", type=_integers, metavar="N,N", help="tokens of one call")
     add("--batch", type=_integers, metavar="N,N", help="images of one call (model, training, memory, startup)")
@@ -109,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, help="samples of each provider")
     add("--batch-ms", type=float, help="length of one sample in milliseconds")
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the results (default: %(default)s)")
+    add("--plot", action="store_true", help="draw the plots at the end (always done without --suite)")
     add("--append", action="store_true", help="keep the rows in --out that this run does not measure again")
     add("--keep-failed", action="store_true", help="time providers with wrong results too; their status says so")
     add("--stall-seconds", type=float, default=300.0, help="give up a provider that is silent so long")

@@ -175,6 +175,24 @@ class CudaClock:
 Clock = CpuClock | CudaClock
 
 
+def measure_peaks(tiny: bool = False) -> dict[str, float]:
+    """What this GPU sustains on random data: bf16 products in TFLOP/s, and a copy in GB/s, bytes read plus written.
+
+    Args:
+        tiny: a single short sample instead of a warmed-up median.
+    """
+    clock, size = CudaClock(), 8192
+    clock.warm_up(0.0 if tiny else 1500.0)
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    b, out = torch.randn_like(a), torch.empty_like(a)
+    source = torch.randint(-100, 100, (2**30,), device="cuda", dtype=torch.int8)
+    target = torch.empty_like(source)
+    rounds, calls = (1, 1) if tiny else (9, 20)
+    product_ms = summarize([clock.time_ms([lambda: torch.mm(a, b, out=out)], calls) for _ in range(rounds)]).median_ms
+    copy_ms = summarize([clock.time_ms([lambda: target.copy_(source)], calls) for _ in range(rounds)]).median_ms
+    return {"bf16_tflops": 2 * size**3 / product_ms / 1e9, "copy_gbps": 2 * source.numel() / copy_ms / 1e6}
+
+
 def make_clock(device: str) -> Clock:
     """The clock for "cpu" or "cuda"."""
     return CudaClock() if device == "cuda" else CpuClock()

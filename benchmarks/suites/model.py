@@ -63,10 +63,8 @@ def _tasks(suite: str, choice: Choice, cases: list[str], batches: list[int], mod
 def run(task: Task, context: Context) -> list[Row]:
     """Check and time every provider's model, in turns as long as all fit, else alone."""
     rows = _compare(task, context)
-    short = (
-        {row.provider for row in rows if row.status == "failed: out of memory"} if len(task.providers) > 1 else set()
-    )
-    for provider in (name for name in task.providers if name in short):
+    crowded = [name for name in task.providers if any(r.provider == name and r.status == OUT_OF_MEMORY for r in rows)]
+    for provider in crowded if len(task.providers) > 1 else ():
         gc.collect()
         alone = _compare(replace(task, providers=(provider,)), context)
         rows = [row for row in rows if row.provider != provider] + alone
