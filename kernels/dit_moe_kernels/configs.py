@@ -24,6 +24,8 @@ class GemmConfig:
         group_m: row tiles that sweep the columns together, for L2 reuse.
         persistent: one program per multiprocessor that loops over tiles.
         use_tma: load weights and sorted rows through tensor descriptors where the GPU has them.
+        gather: read tokens through the routing inside the first product; False copies them to sorted rows beforehand,
+            where tensor descriptors gain more than the copy costs.
         max_registers: cap per thread, so that two programs fit a multiprocessor; None leaves it to the compiler.
     """
 
@@ -35,6 +37,7 @@ class GemmConfig:
     block_m: int = 128
     persistent: bool = False
     use_tma: bool = True
+    gather: bool = True
     max_registers: int | None = None
 
 
@@ -57,26 +60,29 @@ def gemm_config(epilogue: str, tile_rows: int, dtype: torch.dtype, capability: t
         capability: the GPU's compute capability; (0, 0) for the interpreter.
     """
     if dtype == torch.float32:
-        return GemmConfig(block_n=64, block_k=32, num_warps=4, num_stages=3)
+        return _FLOAT32
     if tile_rows < 128:
         return GemmConfig(block_n=128, block_k=64, num_warps=4, num_stages=4)
     if capability >= (9, 0):
         return _HOPPER[epilogue]
-    return GemmConfig(block_n=128, block_k=32, num_warps=4, num_stages=4)
+    return GemmConfig(block_n=128, block_k=32, num_warps=8 if epilogue == "dswiglu" else 4, num_stages=4)
 
 
 def dw_config(dtype: torch.dtype, capability: tuple[int, int]) -> GemmConfig:
     """Config of the weight gradient, for inputs of `dtype` on a GPU of this capability."""
     if dtype == torch.float32:
-        return GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3)
+        return _FLOAT32
     if capability >= (9, 0):
         return _HOPPER["dw"]
     return GemmConfig(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3)
 
 
+# Exact fp32 products run outside the tensor cores; deeper steps than 16 spill registers.
+_FLOAT32 = GemmConfig(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2)
+
 _HOPPER = {
-    "store": GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=4),
-    "swiglu": GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=4),
-    "dswiglu": GemmConfig(block_n=128, block_k=64, num_warps=8, num_stages=4),
-    "dw": GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
+    "store": GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=3, persistent=True),
+    "swiglu": GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=4, persistent=True, gather=False),
+    "dswiglu": GemmConfig(block_n=128, block_k=64, num_warps=8, num_stages=3, max_registers=128),
+    "dw": GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4),
 }

@@ -26,10 +26,11 @@ def expert_ffn(
     """Forward; returns y (T, D) and h (N, 2F), which has no rows unless save_h."""
     top_k, num_rows, width = topk_weights.shape[1], row_to_slot.shape[0], w2.shape[2]
     plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
+    config = configs.gemm_config("swiglu", tile_rows, x.dtype, common.capability(common.device_index(x)))
     a = x.new_empty(num_rows, width)
     h = x.new_empty(num_rows if save_h else 0, 2 * width)
     grouped_gemm.launch(
-        x,
+        x if config.gather else permute.permute(x, row_to_slot, top_k),
         w13,
         a,
         width=width,
@@ -37,8 +38,9 @@ def expert_ffn(
         w_is_kn=False,
         row_to_slot=row_to_slot,
         top_k=top_k,
-        gather=True,
+        gather=config.gather,
         h=h if save_h else None,
+        config=config,
         **plan,
     )
     y = grouped_gemm.grouped_gemm(a, w2, **plan)

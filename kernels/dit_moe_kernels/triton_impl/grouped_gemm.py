@@ -6,8 +6,8 @@ that no tile mixes experts and no host sync is needed. The variants:
     EPILOGUE     a rows    weights      result
     "store"      sorted    (N, K)       out = product                                   (w2 of the forward)
     "store"      sorted    (K, N)       out = product                                   (dX)
-    "swiglu"     gathered  (2F, K)      out = swiglu(product), h = product if SAVE_H    (w13 of the forward)
-    "dswiglu"    gathered  (K, F)       dh, weighted a, partial router-weight gradients (w2 of the backward)
+    "swiglu"     either    (2F, K)      out = swiglu(product), h = product if SAVE_H    (w13 of the forward)
+    "dswiglu"    sorted    (K, F)       dh, weighted a, partial router-weight gradients (w2 of the backward)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import configs
 from . import common
+from .dot import _dot_accumulate
 from .epilogues import _store_dswiglu, _store_plain, _store_swiglu
 
 
@@ -111,7 +112,7 @@ def _gemm_tile(
         else:
             a_tile = tl.load(a_ptrs + k, mask=(offs_k < K - k)[None, :], other=0.0)
         w_tile = _load_weight(w, expert, n, k, N, K, W_IS_KN, PAIRED, TMA_W, BLOCK_N, BLOCK_K)
-        acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+        acc = _dot_accumulate(a_tile, w_tile, acc, PRECISION)
 
     row_mask = rows < row_end
     if EPILOGUE == "swiglu":
@@ -267,7 +268,7 @@ def launch(
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=config.max_registers,
+        **({"maxnreg": config.max_registers} if config.max_registers else {}),
     )
 
 

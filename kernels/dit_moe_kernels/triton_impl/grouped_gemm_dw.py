@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import configs
 from . import common
+from .dot import _dot_accumulate
 from .grouped_gemm import _tile_place
 
 
@@ -57,14 +58,14 @@ def _grouped_gemm_dw_kernel(
         for row in range(row_start, masked_start, BLOCK_K):
             grad = grad_tma.load([row, pid_m * BLOCK_M])
             x = x_tma.load([row, pid_n * BLOCK_N])
-            acc = tl.dot(grad.T, x, acc, input_precision=PRECISION)
+            acc = _dot_accumulate(grad.T, x, acc, PRECISION)
     else:
         masked_start = row_start
     for row in range(masked_start, row_end, BLOCK_K):
         rows = row + tl.arange(0, BLOCK_K)
         grad = _load_rows(grad_ptr, rows, row_end, offs_m, O)
         x = _load_rows(x_ptr, rows, row_end, offs_n, I)
-        acc = tl.dot(grad.T, x, acc, input_precision=PRECISION)
+        acc = _dot_accumulate(grad.T, x, acc, PRECISION)
 
     dw_ptrs = dw_ptr + (expert.to(tl.int64) * O + offs_m[:, None]) * I + offs_n[None, :]
     mask = (offs_m < O)[:, None] & (offs_n < I)[None, :]

@@ -7,49 +7,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_D = 1024  # columns a program handles at a time; a power of two
+# Tile of the copies: 16-byte accesses along a row, and no idle lanes for widths that are multiples of 128.
+_BLOCK_R, _BLOCK_C = 16, 128
+_BLOCK_D = 1024  # columns that the reduction over a row takes at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _permute_kernel(
     x_ptr,  # (T, D) io dtype
     out_ptr,  # (N, D) io dtype
     row_to_slot_ptr,  # (N,) int32, -1 for an unused row
+    num_rows,
     D,
     TOP_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    slot = tl.load(row_to_slot_ptr + row)
-    token = (slot // TOP_K).to(tl.int64)
-    x = tl.load(x_ptr + token * D + cols, mask=(cols < D) & (slot >= 0), other=0.0)
-    tl.store(out_ptr + row * D + cols, x, mask=cols < D)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    slots = tl.load(row_to_slot_ptr + rows, mask=rows < num_rows, other=-1)
+    tokens = (slots // TOP_K).to(tl.int64)
+    in_width = (cols < D)[None, :]
+    x = tl.load(x_ptr + tokens[:, None] * D + cols[None, :], mask=(slots >= 0)[:, None] & in_width, other=0.0)
+    tl.store(out_ptr + rows[:, None] * D + cols[None, :], x, mask=(rows < num_rows)[:, None] & in_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _unpermute_kernel(
     y_ptr,  # (N, D) io dtype
     topk_weights_ptr,  # (T, K) fp32, or None
     out_ptr,  # (T, D) io dtype
     slot_to_row_ptr,  # (N,) int32, -1 for an unrouted slot
+    num_tokens,
     D,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_range = tokens < num_tokens
+    in_width = (cols < D)[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for k in tl.static_range(TOP_K):
-        slot = token * TOP_K + k
-        row = tl.load(slot_to_row_ptr + slot).to(tl.int64)
-        y = tl.load(y_ptr + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
+        slots = tokens * TOP_K + k
+        rows = tl.load(slot_to_row_ptr + slots, mask=in_range, other=-1).to(tl.int64)
+        routed = (rows >= 0)[:, None]
+        y = tl.load(y_ptr + rows[:, None] * D + cols[None, :], mask=routed & in_width, other=0.0).to(tl.float32)
         if WEIGHTED:
             # select, since an unrouted slot's weight may be anything, NaN included
-            y = tl.where(row >= 0, y * tl.load(topk_weights_ptr + slot), 0.0)
+            weights = tl.load(topk_weights_ptr + slots, mask=in_range, other=0.0)
+            y = tl.where(routed, y * weights[:, None], 0.0)
         total += y
-    tl.store(out_ptr + token * D + cols, total.to(out_ptr.dtype.element_ty), mask=cols < D)
+    out_ptrs = out_ptr + tokens[:, None] * D + cols[None, :]
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=in_range[:, None] & in_width)
 
 
 @triton.jit
@@ -102,8 +114,8 @@ def permute(x: Tensor, row_to_slot: Tensor, top_k: int) -> Tensor:
     num_rows, width = row_to_slot.shape[0], x.shape[1]
     out = x.new_empty(num_rows, width)
     if out.numel():
-        grid = (num_rows, triton.cdiv(width, _BLOCK_D))
-        _permute_kernel[grid](x, out, row_to_slot, width, TOP_K=top_k, BLOCK_D=_BLOCK_D)
+        grid = (triton.cdiv(num_rows, _BLOCK_R), triton.cdiv(width, _BLOCK_C))
+        _permute_kernel[grid](x, out, row_to_slot, num_rows, width, TOP_K=top_k, BLOCK_R=_BLOCK_R, BLOCK_C=_BLOCK_C)
     return out
 
 
@@ -112,10 +124,18 @@ def unpermute(y: Tensor, topk_weights: Tensor | None, slot_to_row: Tensor, top_k
     num_tokens, width = slot_to_row.shape[0] // top_k, y.shape[1]
     out = y.new_empty(num_tokens, width)
     if out.numel():
-        grid = (num_tokens, triton.cdiv(width, _BLOCK_D))
-        weighted = topk_weights is not None
+        grid = (triton.cdiv(num_tokens, _BLOCK_R), triton.cdiv(width, _BLOCK_C))
         _unpermute_kernel[grid](
-            y, topk_weights, out, slot_to_row, width, TOP_K=top_k, WEIGHTED=weighted, BLOCK_D=_BLOCK_D
+            y,
+            topk_weights,
+            out,
+            slot_to_row,
+            num_tokens,
+            width,
+            TOP_K=top_k,
+            WEIGHTED=topk_weights is not None,
+            BLOCK_R=_BLOCK_R,
+            BLOCK_C=_BLOCK_C,
         )
     return out
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dot import _dot_accumulate
+
 _BLOCK_T = 32  # tokens of a program
 
 
@@ -22,7 +24,6 @@ def _router_logits_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
@@ -33,9 +34,7 @@ def _router_logits_kernel(
         x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * D + cols[None, :], mask=x_mask, other=0.0)
         gate_mask = (experts < NUM_EXPERTS)[:, None] & (cols < D)[None, :]
         gate = tl.load(gate_ptr + experts[:, None] * D + cols[None, :], mask=gate_mask, other=0.0)
-        if UPCAST:  # dtypes differ: a 16-bit product would lose the wider one's digits
-            x, gate = x.to(tl.float32), gate.to(tl.float32)
-        acc = tl.dot(x, gate.T, acc, input_precision=PRECISION)
+        acc = _dot_accumulate(x.to(tl.float32), gate.to(tl.float32).T, acc, PRECISION)
     mask = (tokens < T)[:, None] & (experts < NUM_EXPERTS)[None, :]
     tl.store(logits_ptr + tokens.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :], acc, mask=mask)
 
@@ -121,11 +120,10 @@ def router_logits(x: Tensor, gate: Tensor) -> Tensor:
             NUM_EXPERTS=num_experts,
             BLOCK_T=_BLOCK_T,
             BLOCK_E=max(16, triton.next_power_of_2(num_experts)),
-            BLOCK_D=128,
+            BLOCK_D=64,
             # Whatever torch.set_float32_matmul_precision says, since a rounded score can change a choice. Three tf32
             # products keep fp32's digits at the tensor cores' speed.
             PRECISION="tf32x3",
-            UPCAST=x.dtype != gate.dtype,
             num_warps=4,
         )
     return logits
