@@ -1,0 +1,112 @@
+"""The compiled module by itself: its signatures, the errors it reports, and why it may be missing."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dit_moe_kernels import cuda_impl
+
+KERNELS = Path(cuda_impl.__file__).parents[1]
+NUM_ADDRESSES = {"permute": 3, "unpermute": 4, "unpermute_backward": 6}
+BAD_DTYPE = 7
+needs_extension = pytest.mark.skipif(cuda_impl.import_error() is not None, reason=str(cuda_impl.import_error()))
+
+
+def arguments(op: str, rows: int = 1, width: int = 8, top_k: int = 1, dtype: int = 0) -> list[int]:
+    return [0] * NUM_ADDRESSES[op] + [rows, width, top_k, dtype, 0]
+
+
+@needs_extension
+def test_stub_matches_the_module():
+    module = cuda_impl.extension()
+    functions = [node for node in ast.parse((KERNELS / "_C.pyi").read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert {function.name for function in functions} == {
+        name for name in dir(module) if callable(getattr(module, name))
+    }
+    for function in functions:
+        signature = re.match(rf"{function.name}\((.*)\) -> ", getattr(module, function.name).__doc__)
+        assert signature is not None
+        names = [part.split(":")[0].strip() for part in signature[1].split(",") if part]
+        assert [argument.arg for argument in function.args.args] == names
+
+
+@needs_extension
+@pytest.mark.parametrize("op", NUM_ADDRESSES)
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": BAD_DTYPE}, {"dtype": -1}, {"rows": -1}, {"width": -8}, {"top_k": 0}, {"rows": 2**31}]
+)
+def test_wrong_arguments_are_refused(op, wrong):
+    with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        getattr(cuda_impl.extension(), op)(*arguments(op, **wrong))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", NUM_ADDRESSES)
+@pytest.mark.parametrize("empty", [{"rows": 0}, {"width": 0}])
+def test_nothing_is_launched_without_output(op, empty):
+    getattr(cuda_impl.extension(), op)(*arguments(op, **empty))  # would fail here without a GPU, and crash with one
+
+
+LAUNCH_WITHOUT_GPU = """
+import json, sys
+from dit_moe_kernels import cuda_impl
+module, messages = cuda_impl.extension(), {}
+for op, arguments in json.loads(sys.argv[1]).items():
+    try:
+        getattr(module, op)(*arguments)
+    except RuntimeError as error:
+        messages[op] = str(error)
+print(json.dumps(messages))
+"""
+
+
+@needs_extension
+def test_a_failed_launch_names_the_op_and_the_error():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(KERNELS.parent)}
+    calls = json.dumps({op: arguments(op) for op in NUM_ADDRESSES})
+    result = subprocess.run(
+        [sys.executable, "-c", LAUNCH_WITHOUT_GPU, calls], env=environment, capture_output=True, text=True
+    )
+    messages = json.loads(result.stdout)
+    assert set(messages) == set(NUM_ADDRESSES), result.stderr
+    for op, message in messages.items():
+        assert re.match(rf"{op}: CUDA error \d+ \(cudaError(NoDevice|InsufficientDriver)\): \w+", message), message
+
+
+@needs_extension
+def test_build_info_names_the_toolkit_and_the_targets():
+    info = cuda_impl.extension().build_info()
+    assert re.fullmatch(r"\d+\.\d", info["cuda_version"])
+    assert all(re.fullmatch(r"(sm|compute)_\d+[af]?", target) for target in info["archs"].split())
+
+
+@pytest.fixture
+def _fresh_load():
+    cuda_impl._load.cache_clear()
+    yield
+    cuda_impl._load.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_load")
+def test_missing_extension_has_a_reason(monkeypatch):
+    monkeypatch.setattr(cuda_impl, "MODULE", "dit_moe_kernels._not_built")
+    assert "nvcc" in cuda_impl.import_error()
+    with pytest.raises(ImportError, match="nvcc"):
+        cuda_impl.extension()
+
+
+@pytest.mark.usefixtures("_fresh_load")
+def test_unloadable_extension_has_a_reason(monkeypatch, tmp_path):
+    (tmp_path / "broken_extension.so").write_bytes(b"not an ELF file")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    monkeypatch.setattr(cuda_impl, "MODULE", "broken_extension")
+    assert re.match("the CUDA extension cannot be loaded: .*broken_extension", cuda_impl.import_error())
