@@ -200,16 +200,16 @@ class _Weights:
             for j in range(_experts(self.config), copies.shape[0]):
                 copies[j] += self._noise(copies[j])
             return copies
-        for chosen_together in self._sets(copies.shape[0]):
+        for chosen_together in self._sets(copies.shape[0], self.cancelling):
             noise = torch.stack([self._noise(copies[j]) for j in chosen_together])
             copies[chosen_together] += (noise - noise.mean(0)).to(copies.dtype)
         return copies
 
-    def _sets(self, num_experts: int) -> list[list[int]]:
+    def _sets(self, num_experts: int, top_k: int) -> list[list[int]]:
         """The copies that are always chosen together; see the top of this file."""
         if self.config.num_experts == 1:
             ids = list(range(num_experts))
-            return [ids[first : first + self.cancelling] for first in ids[:: self.cancelling]]
+            return [ids[first : first + top_k] for first in ids[::top_k]]
         return [list(range(expert, num_experts, self.config.num_experts)) for expert in range(self.config.num_experts)]
 
     def _noise(self, weight: Tensor) -> Tensor:

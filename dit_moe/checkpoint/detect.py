@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..config import DiTConfig
 from ..presets import DiT_models, model_config
@@ -56,7 +56,7 @@ def detect_config(
             f"or twice that"
         )
     heads, qk_norm = _heads(keys, width, depth, num_heads)
-    fields = dict(
+    fields: dict[str, Any] = dict(
         input_size=side * patch, patch_size=patch, in_channels=channels, hidden_size=width, depth=depth,
         num_heads=heads, qk_norm=qk_norm, num_classes=table_rows - 1, learn_sigma=channels_out == 2 * channels,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class MappingSource:
     config: dict[str, object] | None = None
 
     def __init__(self, mapping: Mapping[str, object]) -> None:
-        self._tensors = unwrap(mapping)
+        self._tensors = plain_tensors(unwrap(mapping))
         self.specs = tensor_specs(self._tensors)
 
     def read(self, key: str) -> Tensor:
@@ -101,8 +101,8 @@ class TorchSource(_FileSource):
             raise CheckpointError(f"{path}: tensor {small[0]!r} claims more data than the file holds for it")
 
     def _open(self) -> None:
-        self._tensors: Mapping[str, Tensor] = {}  # end the old mapping first
-        self._tensors = unwrap(_torch_load(self.path, self._mapped))
+        self._tensors: dict[str, Tensor] = {}  # end the old mapping first
+        self._tensors = plain_tensors(unwrap(_torch_load(self.path, self._mapped)))
 
     def read(self, key: str) -> Tensor:
         return super().read(key) if self._mapped else self._tensors[key]
@@ -126,7 +126,7 @@ class SafetensorsSource(_FileSource):
     def _open(self) -> None:
         from safetensors import SafetensorError, safe_open  # here, so that other files load without the package
 
-        self._file = None
+        self._file: Any = None
         try:
             self._file = safe_open(self.path, framework="pt", device="cpu")
         except (SafetensorError, OSError, ValueError) as error:
@@ -182,23 +182,30 @@ def unwrap(loaded: object) -> Mapping[str, object]:
     return loaded
 
 
-def tensor_specs(mapping: Mapping[str, object]) -> dict[str, TensorSpec]:
-    """Shapes and dtypes of a state dict.
+def plain_tensors(state: Mapping[str, object]) -> dict[str, Tensor]:
+    """The state dict, in which every key is a string and every value a plain tensor with data.
 
     Raises:
-        CheckpointError: a key is no string or a value no plain tensor with data.
+        CheckpointError: one is not.
     """
-    for key, value in mapping.items():
+    tensors = {}
+    for key, value in state.items():
         if not isinstance(key, str):
             raise CheckpointError(f"expected strings as keys, got {key!r}")
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{key!r}: expected a tensor, got {type(value).__name__}")
         if value.layout != torch.strided or value.is_meta:
             raise CheckpointError(f"{key!r}: expected a dense tensor with data, got {value.layout} on {value.device}")
+        tensors[key] = value
+    return tensors
+
+
+def tensor_specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """Shapes and dtypes."""
     floats = set(_DTYPES.values())
     return {
-        key: TensorSpec(tuple(value.shape), value.dtype if value.dtype in floats else None)
-        for key, value in mapping.items()
+        key: TensorSpec(tuple(tensor.shape), tensor.dtype if tensor.dtype in floats else None)
+        for key, tensor in tensors.items()
     }
 
 
