@@ -26,3 +26,11 @@ def _shared_gpu() -> Iterator[None]:
     yield
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**31:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpret the tile choices and TMA branches of compute capability 9.0."""
+    from dit_moe_kernels.triton_impl import common
+
+    monkeypatch.setattr(common, "capability", lambda device_index: (9, 0))

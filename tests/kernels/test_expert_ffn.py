@@ -10,8 +10,11 @@ from tests.kernels.util import (
     FP16,
     FP32,
     FP64,
+    HOPPER_CASES,
+    INTERPRETED,
     MODEL_CASES,
     Case,
+    Target,
     check_against,
     evaluate,
     gpu_targets,
@@ -58,6 +61,12 @@ def check_expert_ffn(target, case) -> None:
 @pytest.mark.parametrize("target", targets("triton"))
 def test_expert_ffn(target, case):
     check_expert_ffn(target, case)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a Hopper GPU takes these branches by itself")
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_hopper_branches(case, as_on_hopper):
+    check_expert_ffn(Target("triton", "cpu", FP16), case)
 
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=str)

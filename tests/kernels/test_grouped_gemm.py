@@ -9,8 +9,11 @@ from tests.kernels.util import (
     CASES,
     FP16,
     FP32,
+    HOPPER_CASES,
+    INTERPRETED,
     MODEL_CASES,
     Case,
+    Target,
     check_against,
     evaluate,
     gpu_targets,
@@ -54,6 +57,12 @@ def check_grouped_gemm(target, case, width_in: int, width_out: int) -> None:
 @pytest.mark.parametrize("target", targets("triton"))
 def test_grouped_gemm(target, case):
     check_grouped_gemm(target, case, case.width, case.hidden)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a Hopper GPU takes these branches by itself")
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_hopper_branches(case, as_on_hopper):
+    check_grouped_gemm(Target("triton", "cpu", FP16), case, case.width, case.hidden)
 
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=str)

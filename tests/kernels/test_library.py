@@ -85,6 +85,14 @@ def test_opcheck(target, name, monkeypatch):
     torch.library.opcheck(getattr(torch.ops.dit_moe, name).default, sample, test_utils=tests)
 
 
+@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32], reference_on_gpu=False))
+def test_opcheck_of_inference(target):
+    """Without a backward to come, expert_ffn returns pre-activations without rows; its fake must say so."""
+    *tensors, _save_h, name = op_samples(target)["expert_ffn"]
+    sample = (*(value.detach() if isinstance(value, torch.Tensor) else value for value in tensors), False, name)
+    torch.library.opcheck(torch.ops.dit_moe.expert_ffn.default, sample, test_utils=["test_schema", "test_faketensor"])
+
+
 # ---------------------------------------------------------------- the whole layer
 
 

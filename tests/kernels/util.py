@@ -95,6 +95,14 @@ CASES = [
     Case("several_tiles", 160, 2, 1, 64, 64, tile_rows=64),
 ]
 
+# For Hopper's branches in the interpreter: rows of whole 16 bytes, experts with one full tile, a part, and nothing.
+HOPPER_CASES = [
+    Case("part_tiles", 37, 4, 2, 72, 48),
+    Case("full_tiles", 300, 3, 1, 72, 136, "skewed", tile_rows=128),
+    Case("T0", 0, 4, 2, 72, 48),
+    Case("unrouted", 70, 4, 2, 64, 128, "some", tile_rows=64),
+]
+
 # Layer shapes of the paper; T as small as a latency run and as one 1024-token image times four.
 MODEL_CASES = [
     Case("S_T512", 512, 8, 2, 384, 1536, tile_rows=None),
