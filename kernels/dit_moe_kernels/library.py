@@ -38,21 +38,26 @@ def define_op(
     # pt2_compliant_tag: the op has a fake and no hidden state, so torch.compile may take it in a full graph.
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("cpu", "cuda"):
-        _LIBRARY.impl(name, _without_autocast(impl, device), device.upper())
+        _LIBRARY.impl(name, _guarded(impl, device), device.upper())
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.dit_moe, name).default
 
 
-def _without_autocast(impl: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """Keep autocast out of an implementation: the public functions have already chosen each op's dtypes."""
+def _guarded(impl: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Run an implementation on its tensors' GPU and without autocast: the public functions have chosen the dtypes."""
 
     @functools.wraps(impl)
     def run(*args: Any) -> Any:
-        if not torch.is_autocast_enabled(device):
-            return impl(*args)
-        with torch.autocast(device, enabled=False):
-            return impl(*args)
+        if device == "cuda":
+            index = next(arg for arg in args if isinstance(arg, torch.Tensor)).get_device()
+            if index != torch.cuda.current_device():  # Triton and CUDA launch on the current GPU
+                with torch.cuda.device(index):
+                    return run(*args)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return impl(*args)
+        return impl(*args)
 
     return run
