@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -76,7 +76,7 @@ class Context:
     keep_failed: bool = False
 
 
-def compare(context: Context, template: Row, timers: Sequence[str], builders: dict[str, Builder]) -> list[Row]:
+def compare(context: Context, template: Row, timers: Sequence[str], builders: Mapping[str, Builder]) -> list[Row]:
     """Measure every provider on one task.
 
     Args:

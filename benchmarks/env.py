@@ -44,6 +44,11 @@ def describe(arguments: list[str], device: str) -> dict[str, Any]:
     }
 
 
+def child_environment(**extra: str) -> dict[str, str]:
+    """Environment in which a child process imports what this one can, installed or not."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **extra}
+
+
 def _gpu() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     fields = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .engine import Context, DeviceLost, ensure_alive
+from .env import child_environment
 from .results import Row
 from .suites import SUITES, Task
 from .timing import TimingOptions, first_line, make_clock
@@ -131,7 +132,8 @@ def _one_worker(job_text: str, stall_seconds: float) -> Iterator[dict[str, Any]]
         job_file, event_file = Path(folder, "job.json"), Path(folder, "events.jsonl")
         job_file.write_text(job_text)
         event_file.touch()
-        worker = subprocess.Popen([sys.executable, "-m", "benchmarks.worker", str(job_file), str(event_file)])
+        command = [sys.executable, "-m", "benchmarks.worker", str(job_file), str(event_file)]
+        worker = subprocess.Popen(command, env=child_environment())
         how = ""
         try:
             with event_file.open() as events:

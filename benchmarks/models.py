@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ PROVIDERS = (
 DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if not name.endswith("-compiled"))
 _PIXELS_PER_LATENT = 8
 _WIDTH_MULTIPLE = 64
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def split_case(case: str) -> tuple[str, int]:
@@ -136,7 +138,9 @@ class ModelShop:
         if not compiled:
             return model
         torch._dynamo.reset()  # earlier tasks' shapes would count against the limit of recompilations
-        return replace(model, module=torch.compile(model.module, dynamic=False))
+        module = _sharing_copy(model.module)  # the original stays as it is
+        module.compile(dynamic=False)
+        return replace(model, module=module)
 
 
 def fresh_model(config: DiTConfig, device: str, dtype: torch.dtype) -> DiT:
@@ -154,10 +158,16 @@ def fresh_model(config: DiTConfig, device: str, dtype: torch.dtype) -> DiT:
 
 def with_loop(model: DiT) -> nn.Module:
     """A copy of a DiT-MoE, sharing its parameters, whose routed experts run one after the other."""
-    shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    shared = _sharing_copy(model)
     for block in shared.blocks:
-        block.moe = LoopMoE(block.moe)
+        assert isinstance(block.moe, MoEFeedForward)
+        block.register_module("moe", LoopMoE(block.moe))
     return shared
+
+
+def _sharing_copy(module: _Module) -> _Module:
+    """A copy of a module with the same parameters."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 class LoopMoE(nn.Module):

@@ -42,6 +42,7 @@ STYLES = {
     "dense-params": ("dense, same parameters", "#a3b18a", "1"),
     "copy": ("device copy of as many bytes", "#000000", "_"),
 }
+_UNFILLED = "_1"  # markers without an inside
 _MODES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 
 
@@ -160,7 +161,7 @@ def _latency(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
     if not rows:
         return None
     sides = sorted({_pixels(row) for row in rows})
-    batches = sorted({row.batch for row in rows})
+    batches = sorted({row.batch or 0 for row in rows})
     batches = batches if len(batches) <= 3 else [batches[0], batches[len(batches) // 2], batches[-1]]
     figure = Figure(figsize=(5.2 * len(sides) + 3.2, 3.7 * len(batches) + 0.8), layout="constrained")
     axes = figure.subplots(len(batches), len(sides), squeeze=False)
@@ -171,7 +172,7 @@ def _latency(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
             for provider in sorted({row.provider for row in chosen}, key=_order):
                 label, colour, marker = _style(provider)
                 own = [row for row in chosen if row.provider == provider]
-                points = sorted((_gflops_per_image(row), row.median_ms / batch, row.case) for row in own)
+                points = sorted((_gflops_per_image(row), (row.median_ms or 0.0) / batch, row.case) for row in own)
                 panel.plot(
                     [p[0] for p in points], [p[1] for p in points], "-", color=colour, marker=marker, label=label
                 )
@@ -207,10 +208,12 @@ def _model_memory(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
     axes = figure.subplots(1, len(cases), squeeze=False)[0]
     for panel, case in zip(axes, cases, strict=True):
         chosen = [row for row in rows if row.case == case]
-        batches = sorted({row.batch for row in chosen})
+        batches = sorted({row.batch or 0 for row in chosen})
         for provider in sorted({row.provider for row in chosen}, key=_order):
             label, colour, marker = _style(provider)
-            points = sorted((row.batch, row.peak_mib / 1024) for row in chosen if row.provider == provider)
+            points = sorted(
+                (row.batch or 0, (row.peak_mib or 0.0) / 1024) for row in chosen if row.provider == provider
+            )
             panel.plot(*zip(*points, strict=True), "-", color=colour, marker=marker, label=label)
         panel.set_xscale("log", base=2)
         panel.set_xticks(batches, [str(batch) for batch in batches])
@@ -246,9 +249,10 @@ def _roofline(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
             chosen = [row for row in rows if row.provider == provider and row.mode == mode]
             panel.scatter(
                 [row.intensity for row in chosen],
-                [row.tflops for row in chosen],
+                [row.tflops or 0.0 for row in chosen],
                 marker=marker,
-                **({"color": colour} if marker in "_1" else {"facecolors": fill, "edgecolors": colour}),
+                facecolors=colour if marker in _UNFILLED else fill,
+                edgecolors=None if marker in _UNFILLED else colour,
                 s=34,
                 label=label,
             )
@@ -272,7 +276,7 @@ def _finish(figure: Figure, title: str, runs: list[dict[str, Any]], panels: list
         handles, labels = panel.get_legend_handles_labels()
         for handle, label in zip(handles, labels, strict=True):
             entries.setdefault(label, handle)
-            dashes.add(handle.get_linestyle() if isinstance(handle, Line2D) else "-")
+            dashes.add(str(handle.get_linestyle()) if isinstance(handle, Line2D) else "-")
     if "--" in dashes:
         entries["solid line: eager calls"] = Line2D([], [], color="#555555")
         entries["dashed line: CUDA graph"] = Line2D([], [], color="#555555", linestyle="--")

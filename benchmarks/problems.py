@@ -180,9 +180,9 @@ def expected_layer(problem: MoEProblem, mode: str) -> Expected:
     """What a provider of the routed layer must return: "out", and for fwd_bwd also "x", "gate", "w13" and "w2"."""
     leaves = (problem.x, problem.gate, problem.w13, problem.w2)
 
-    def results(*tensors: Tensor) -> dict[str, Tensor]:
-        out = plain_layer(*tensors, problem.shape.top_k)
-        return with_gradients(out, dict(zip(("x", "gate", "w13", "w2"), tensors, strict=True)), problem.dout, mode)
+    def results(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor) -> dict[str, Tensor]:
+        out = plain_layer(x, gate, w13, w2, problem.shape.top_k)
+        return with_gradients(out, {"x": x, "gate": gate, "w13": w13, "w2": w2}, problem.dout, mode)
 
     return expected_from(results, leaves, mode)
 

@@ -55,14 +55,14 @@ class Unfused:
 
     def build(self, problem: MoEProblem) -> Layer:
         """A function over the problem's tensors."""
-        shape, move, compute = problem.shape, {"backend": self._permute_backend}, {"backend": self._backend}
+        shape, move, compute = problem.shape, self._permute_backend, self._backend
 
         def forward(x: Tensor) -> Tensor:
-            logits = ops.router_logits(x, problem.gate, **compute)
-            topk_weights, topk_ids, _ = ops.topk_softmax(logits, shape.top_k, **compute)
-            plan = ops.make_routing_plan(topk_ids, shape.num_experts, validate=False, **compute)
-            h = ops.grouped_gemm(ops.permute(x, plan, **move), problem.w13, plan, **compute)
-            y = ops.grouped_gemm(ops.swiglu(h, **compute), problem.w2, plan, **compute)
-            return ops.unpermute(y, plan, topk_weights, **move)
+            logits = ops.router_logits(x, problem.gate, backend=compute)
+            topk_weights, topk_ids, _ = ops.topk_softmax(logits, shape.top_k, backend=compute)
+            plan = ops.make_routing_plan(topk_ids, shape.num_experts, validate=False, backend=compute)
+            h = ops.grouped_gemm(ops.permute(x, plan, backend=move), problem.w13, plan, backend=compute)
+            y = ops.grouped_gemm(ops.swiglu(h, backend=compute), problem.w2, plan, backend=compute)
+            return ops.unpermute(y, plan, topk_weights, backend=move)
 
         return Layer(forward, problem_weights(problem), same_layout)

@@ -15,9 +15,16 @@ from .base import Layer, problem_weights, same_layout
 GroupedMM = Callable[..., Tensor]
 
 
-def grouped_mm() -> GroupedMM | None:
-    """The public function where this torch has it, else the private one, else None."""
-    return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+def grouped_mm() -> GroupedMM:
+    """The public function where this torch has it, else the private one.
+
+    Raises:
+        Unavailable: this torch has neither.
+    """
+    found = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if found is None:
+        raise Unavailable(f"torch {torch.__version__} has no grouped_mm")
+    return found
 
 
 class TorchGrouped:
@@ -28,7 +35,11 @@ class TorchGrouped:
 
     def availability(self, device: str) -> str | None:
         """Needs a torch with a grouped product, and for its fast path a Hopper GPU or newer."""
-        return None if grouped_mm() is not None else f"torch {torch.__version__} has no grouped_mm"
+        try:
+            grouped_mm()
+        except Unavailable as reason:
+            return str(reason)
+        return None
 
     def build(self, problem: MoEProblem) -> Layer:
         """A function over the problem's tensors, compiled for their exact shapes if asked."""

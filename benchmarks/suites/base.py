@@ -44,6 +44,20 @@ class Task:
         return DTYPES[self.dtype]
 
     @property
+    def token_count(self) -> int:
+        """tokens, of a task that has them."""
+        if self.tokens is None:
+            raise ValueError(f"task: got no tokens in suite {self.suite}, expected a number")
+        return self.tokens
+
+    @property
+    def image_count(self) -> int:
+        """batch, of a task that has one."""
+        if self.batch is None:
+            raise ValueError(f"task: got no batch in suite {self.suite}, expected a number")
+        return self.batch
+
+    @property
     def template(self) -> Row:
         """A row with this task's columns filled in."""
         return Row(self.suite, self.case, self.tokens, self.batch, self.mode, "", self.dtype, self.routing, "")

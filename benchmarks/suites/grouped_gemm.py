@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import dit_moe_kernels as ops
@@ -19,7 +20,7 @@ from ..engine import Builder, Candidate, Context, Unavailable, compare
 from ..problems import expected_from, make_problem, make_topk_ids, with_gradients
 from ..providers.base import missing_package
 from ..providers.gemm import Gemm
-from ..providers.torch_grouped import TorchGrouped, grouped_mm
+from ..providers.torch_grouped import grouped_mm
 from ..results import Row
 from .base import Choice, Suite, Task, choose, choose_providers
 from .parts import Part, candidate, rotation
@@ -58,21 +59,21 @@ def run(task: Task, context: Context) -> list[Row]:
     traffic = _traffic(first, task.mode)
     inputs = [first] + [_inputs(shape, task, seed) for seed in range(1, rotation(traffic, task.device))]
     expected = [_expected(first.plan, *operands, task.mode) for operands in first.operands]
-    flops = expert_flops(shape, task.tokens, task.mode)
+    flops = expert_flops(shape, task.token_count, task.mode)
 
     def build(name: str) -> Candidate:
         if name == "gemm":
-            problem = make_problem(shape, task.tokens, "balanced", task.torch_dtype, task.device)
+            problem = make_problem(shape, task.token_count, "balanced", task.torch_dtype, task.device)
             return Candidate([Gemm().build(problem, task.mode, context.clock)], flops, None)
         copies = [_parts(name, one, task.device) for one in inputs]
         return candidate(copies, expected, task.mode, flops=flops, traffic=traffic, keep_failed=context.keep_failed)
 
-    builders: dict[str, Builder] = {name: (lambda name=name: build(name)) for name in task.providers}
+    builders: dict[str, Builder] = {name: partial(build, name) for name in task.providers}
     return compare(context, task.template, task.timers, builders)
 
 
 def _inputs(shape: LayerShape, task: Task, seed: int) -> _Inputs:
-    ids = make_topk_ids(shape, task.tokens, task.routing, task.device, seed)
+    ids = make_topk_ids(shape, task.token_count, task.routing, task.device, seed)
     routing_plan = ops.make_routing_plan(ids, shape.num_experts)
     width, hidden = shape.hidden_size, shape.expert_hidden_size
     generator = torch.Generator(task.device).manual_seed(seed)
@@ -99,7 +100,7 @@ def _expected(routing_plan: ops.RoutingPlan, x: Tensor, w: Tensor, dout: Tensor,
 
 def _parts(name: str, inputs: _Inputs, device: str) -> list[Part]:
     multiply = _PRODUCTS[name](inputs.plan, device)
-    return [Part(lambda x=x, w=w: multiply(x, w), {"x": x, "w": w}, dout) for x, w, dout in inputs.operands]
+    return [Part(partial(multiply, x, w), {"x": x, "w": w}, dout) for x, w, dout in inputs.operands]
 
 
 def _loop(routing_plan: ops.RoutingPlan, device: str = "") -> Product:
@@ -119,9 +120,6 @@ def _ours(routing_plan: ops.RoutingPlan, device: str) -> Product:
 
 
 def _torch(routing_plan: ops.RoutingPlan, device: str) -> Product:
-    reason = TorchGrouped("torch-grouped-mm", compiled=False).availability(device)
-    if reason is not None:
-        raise Unavailable(reason)
     ends, multiply = routing_plan.expert_offsets[1:].contiguous(), grouped_mm()
     return lambda x, w: multiply(x, w.transpose(-2, -1), offs=ends)
 

@@ -35,25 +35,15 @@ def plan(choice: Choice) -> list[Task]:
     modes = choose(choice.modes, ("fwd", "fwd_bwd"), ("fwd", "fwd_bwd"), choice)
     layers = choose_providers(choice, tuple(layer_providers()))
     models = choose_providers(choice, DEFAULT_PROVIDERS)
-    common = {"suite": "memory", "routing": "balanced", "dtype": choice.dtype, "device": choice.device}
+    common = Task("memory", "", "", "balanced", choice.dtype, choice.device, (), ("eager",))
     tasks = [
-        Task(case=case, mode=mode, providers=layers, timers=("eager",), tokens=tokens, **common)
+        replace(common, case=case, mode=mode, providers=layers, tokens=tokens)
         for case, tokens, mode in product(cases, choose(choice.tokens, (4096, 32768), (64,), choice), modes)
-        if layers
     ]
-    return tasks + [
-        Task(
-            case=case,
-            mode=mode,
-            providers=models,
-            timers=("eager",),
-            tokens=batch * moe_config(case).num_tokens,
-            batch=batch,
-            **common,
-        )
-        for case, batch, mode in product(cases, choose(choice.batches, (16,), (2,), choice), modes)
-        if models
-    ]
+    for case, batch, mode in product(cases, choose(choice.batches, (16,), (2,), choice), modes):
+        tokens = batch * moe_config(case).num_tokens
+        tasks.append(replace(common, case=case, mode=mode, providers=models, tokens=tokens, batch=batch))
+    return [task for task in tasks if task.providers]
 
 
 def run(task: Task, context: Context) -> list[Row]:
@@ -80,7 +70,7 @@ def _layer(task: Task, provider: str) -> Call:
     reason = known.availability(task.device)
     if reason is not None:
         raise Unavailable(reason)
-    problem = make_problem(layer_shape(task.case), task.tokens, task.routing, task.torch_dtype, task.device)
+    problem = make_problem(layer_shape(task.case), task.token_count, task.routing, task.torch_dtype, task.device)
     return layer_call(known.build(problem), problem, task.mode)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -39,7 +39,7 @@ def plan_training(choice: Choice) -> list[Task]:
     return _tasks("training", choice, cases, choose(choice.batches, (16, 32), (2,), choice), "fwd_bwd")
 
 
-def _tasks(suite: str, choice: Choice, cases: list[str], batches: list[int], mode: str) -> list[Task]:
+def _tasks(suite: str, choice: Choice, cases: Sequence[str], batches: Sequence[int], mode: str) -> list[Task]:
     providers = choose_providers(choice, PROVIDERS, DEFAULT_PROVIDERS)
     if choice.modes is not None and mode not in choice.modes:
         return []
@@ -85,12 +85,12 @@ def _compare(task: Task, context: Context) -> list[Row]:
         scale = 1 if task.mode == "fwd" else 3
         return Candidate(
             [call],
-            flops=scale * task.batch * model.flops,
+            flops=scale * task.image_count * model.flops,
             held_bytes=model.held_bytes,
             status="ok" if complaint is None else f"failed: wrong result, {complaint}",
         )
 
-    builders = {provider: (lambda provider=provider: build(provider)) for provider in task.providers}
+    builders = {provider: functools.partial(build, provider) for provider in task.providers}
     return compare(context, task.template, task.timers, builders)
 
 
@@ -99,8 +99,8 @@ def parameter_dtype(task: Task) -> torch.dtype:
     return task.torch_dtype if task.mode == "fwd" else torch.float32
 
 
-def model_call(task: Task, model: Model) -> Callable[[], object]:
-    """One forward, or one forward and backward, on fixed random inputs."""
+def model_call(task: Task, model: Model) -> Callable[[], Tensor | tuple[Tensor | None, ...]]:
+    """One forward, or one forward and backward that returns the gradients of all parameters, on fixed random inputs."""
     x, t, y, noise = _inputs(task)
     module = model.module.train(task.mode != "fwd")
 
@@ -132,10 +132,10 @@ def _autocast(task: Task) -> torch.autocast:
 
 def _inputs(task: Task) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     config, generator = moe_config(task.case), torch.Generator(task.device).manual_seed(0)
-    size = (task.batch, config.in_channels, config.input_size, config.input_size)
+    size = (task.image_count, config.in_channels, config.input_size, config.input_size)
     x, noise = (torch.randn(size, generator=generator, device=task.device) for _ in range(2))
-    t = torch.rand(task.batch, generator=generator, device=task.device)
-    y = torch.randint(config.num_classes, (task.batch,), generator=generator, device=task.device)
+    t = torch.rand(task.image_count, generator=generator, device=task.device)
+    y = torch.randint(config.num_classes, (task.image_count,), generator=generator, device=task.device)
     dtype = parameter_dtype(task)
     return x.to(dtype), t, y, noise.to(dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
@@ -40,9 +41,9 @@ def plan(choice: Choice) -> list[Task]:
 def run(task: Task, context: Context) -> list[Row]:
     """Check and time every provider on the same inputs."""
     shape = layer_shape(task.case)
-    first = make_problem(shape, task.tokens, task.routing, task.torch_dtype, task.device)
+    first = make_problem(shape, task.token_count, task.routing, task.torch_dtype, task.device)
     problems = [first] + [
-        make_problem(shape, task.tokens, task.routing, task.torch_dtype, task.device, seed=copy)
+        make_problem(shape, task.token_count, task.routing, task.torch_dtype, task.device, seed=copy)
         for copy in range(1, _copies(first, task.device))
     ]
     expected = expected_layer(first, task.mode)
@@ -78,7 +79,7 @@ def _routed(
         raise WrongResult(complaint)
     return Candidate(
         calls=[layer_call(layer, problem, task.mode) for layer, problem in zip(layers, problems, strict=True)],
-        flops=expert_flops(problems[0].shape, task.tokens, task.mode),
+        flops=expert_flops(problems[0].shape, task.token_count, task.mode),
         bytes=_traffic(problems[0], task.mode),
         held_bytes=_held(problems[0]),
         status=_status(provider, complaint),
@@ -108,7 +109,8 @@ def layer_call(layer: Layer, problem: MoEProblem, mode: str) -> Callable[[], obj
 
 def _results(layer: Layer, problem: MoEProblem, mode: str) -> dict[str, Tensor]:
     if mode == "fwd":
-        return {"out": layer_call(layer, problem, mode)()}
+        with torch.no_grad():
+            return {"out": layer.forward(problem.x)}
     results = with_gradients(layer.forward(problem.x), {"x": problem.x, **layer.weights}, problem.dout, mode)
     out, dx = results.pop("out"), results.pop("x")
     return {"out": out, "x": dx, **layer.canonical(results)}
@@ -130,7 +132,7 @@ def _traffic(problem: MoEProblem, mode: str) -> int:
 def _gemm(problems: list[MoEProblem], task: Task, context: Context) -> Candidate:
     return Candidate(
         calls=[Gemm().build(problem, task.mode, context.clock) for problem in problems],
-        flops=expert_flops(problems[0].shape, task.tokens, task.mode),
+        flops=expert_flops(problems[0].shape, task.token_count, task.mode),
     )
 
 
@@ -147,7 +149,7 @@ def _dense(problems: list[MoEProblem], task: Task, match: str) -> Candidate:
         return torch.autograd.grad(mlp.forward(), mlp.leaves, mlp.dout)
 
     return Candidate(
-        calls=[lambda mlp=mlp: call(mlp) for mlp in mlps],
+        calls=[partial(call, mlp) for mlp in mlps],
         flops=mlps[0].flops(task.mode),
         held_bytes=sum(leaf.numel() * leaf.element_size() for leaf in mlps[0].leaves),
     )

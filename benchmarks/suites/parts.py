@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class Part:
     def results(self, mode: str) -> dict[str, Tensor]:
         """Output and gradients by name."""
         if mode == "fwd" or self.dout is None:
-            return {"out": self.run("fwd")}
+            with torch.no_grad():
+                return {"out": self.forward()}
         return with_gradients(self.forward(), self.leaves, self.dout, mode)
 
 
@@ -73,7 +75,7 @@ def candidate(
         for part in parts:
             part.run(mode)
 
-    return Candidate([lambda parts=parts: call(parts) for parts in copies], flops, traffic, status=status)
+    return Candidate([partial(call, parts) for parts in copies], flops, traffic, status=status)
 
 
 def rotation(call_bytes: int, device: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import dit_moe_kernels as ops
@@ -83,12 +84,12 @@ def run(task: Task, context: Context) -> list[Row]:
         copies = [_parts(_PROVIDED[name](one, task.device), one, stages) for one in inputs]
         return candidate(copies, expected, task.mode, flops=None, traffic=traffic, keep_failed=context.keep_failed)
 
-    builders: dict[str, Builder] = {name: (lambda name=name: build(name)) for name in task.providers}
+    builders: dict[str, Builder] = {name: partial(build, name) for name in task.providers}
     return compare(context, task.template, task.timers, builders)
 
 
 def _inputs(shape: LayerShape, task: Task, seed: int) -> _Inputs:
-    ids = make_topk_ids(shape, task.tokens, task.routing, task.device, seed)
+    ids = make_topk_ids(shape, task.token_count, task.routing, task.device, seed)
     generator = torch.Generator(task.device).manual_seed(seed)
 
     def normal(rows: int) -> Tensor:
@@ -96,9 +97,9 @@ def _inputs(shape: LayerShape, task: Task, seed: int) -> _Inputs:
         return values.normal_(generator=generator)
 
     weights = torch.rand(ids.shape, device=task.device, generator=generator)
-    x, y = normal(task.tokens).requires_grad_(), normal(ids.numel()).requires_grad_()
+    x, y = normal(task.token_count).requires_grad_(), normal(ids.numel()).requires_grad_()
     made = ops.make_routing_plan(ids, shape.num_experts)
-    return _Inputs(shape, ids, x, y, weights.requires_grad_(), normal(ids.numel()), normal(task.tokens), made)
+    return _Inputs(shape, ids, x, y, weights.requires_grad_(), normal(ids.numel()), normal(task.token_count), made)
 
 
 def _parts(provided: _Ops, inputs: _Inputs, stages: tuple[str, ...]) -> list[Part]:

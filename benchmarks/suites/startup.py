@@ -6,7 +6,6 @@ XL/2-8E2A#cold starts with an empty Triton cache, #warm with the cache that the 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import torch
 
 from ..cases import TINY_CASE
 from ..engine import Context, Unavailable, status_of
+from ..env import child_environment
 from ..models import PROVIDERS
 from ..results import OK, Row
 from ..timing import summarize
@@ -91,7 +91,7 @@ def _one_start(task: Task, context: Context, case: str, provider: str, cache: st
     begin = time.time()
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.startup_probe", *arguments],
-        env={**os.environ, "TRITON_CACHE_DIR": cache},
+        env=child_environment(TRITON_CACHE_DIR=cache),
         capture_output=True,
         text=True,
         timeout=_TIME_LIMIT,

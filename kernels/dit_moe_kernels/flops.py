@@ -1,0 +1,59 @@
+"""Formulas that teach `torch.utils.flop_counter.FlopCounterMode` what this library's ops compute.
+
+Products only, two operations for a multiply-add, as the counter does for torch's own ops; unused rows of a plan with
+unrouted slots are counted as if they were routed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Shape = Sequence[int]
+
+
+def register_flop_formulas() -> None:
+    """Register the formulas; call it once before a FlopCounterMode is made. Further calls do nothing.
+
+    Importing the package does not do it, because torch's counter imports Triton, which takes longer than all the rest.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for name, formula in _FORMULAS.items():
+        op = getattr(torch.ops.dit_moe, name)
+        if op not in flop_registry:
+            register_flop_formula(op)(formula)
+
+
+# The counter calls a formula with the op's arguments, shapes in place of tensors, and the output's shape by name.
+
+
+def _product(x: Shape, w: Shape, *_: Any, **__: Any) -> int:
+    """x (rows, I) with w (E, O, I) or (I, O): a row meets one expert's weights; or (E, I): all of the router's."""
+    return 2 * x[0] * w[-1] * w[-2]
+
+
+def _weight_gradient(grad: Shape, x: Shape, *_: Any, **__: Any) -> int:
+    return 2 * grad[0] * grad[1] * x[1]
+
+
+def _expert_ffn(x: Shape, w13: Shape, w2: Shape, topk_weights: Shape, *_: Any, **__: Any) -> int:
+    return 2 * topk_weights[0] * topk_weights[1] * (w13[1] * w13[2] + w2[1] * w2[2])
+
+
+def _expert_ffn_backward(
+    grad: Shape, h: Shape, x: Shape, w13: Shape, w2: Shape, topk_weights: Shape, *_: Any, **__: Any
+) -> int:
+    return 2 * _expert_ffn(x, w13, w2, topk_weights)
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "router_logits": _product,
+    "grouped_gemm": _product,
+    "grouped_gemm_dx": _product,
+    "grouped_gemm_dw": _weight_gradient,
+    "expert_ffn": _expert_ffn,
+    "expert_ffn_backward": _expert_ffn_backward,
+}
