@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +15,7 @@ from rich.text import Text
 
 from ..checkpoint import load_checkpoint, save_model, save_official
 from ..model import DiT
+from .common import HeadsOption, reported_errors
 
 
 class Format(str, Enum):
@@ -38,7 +37,6 @@ SourceArgument = Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth or .
 TargetArgument = Annotated[Path, typer.Argument(help="File to write; official files may end in .pt or .safetensors.")]
 FormatOption = Annotated[Format, typer.Option("--to", help="Key layout of the file to write.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Dtype of the weights; by default as in the source.")]
-HeadsOption = Annotated[int | None, typer.Option(help="Attention heads, where neither keys nor a preset tell them.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
 VerifyOption = Annotated[bool, typer.Option(help="Check the checksums of a .pt source, which reads it once more.")]
 
@@ -60,16 +58,6 @@ def convert(
         model = load_checkpoint(source, num_heads, dtype=torch_dtype(dtype), top_k=top_k, verify=verify)
         write(model, target, to)
         report(model, target, to, time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def reported_errors() -> Iterator[None]:
-    """Print what the user can mend as one line on stderr and leave with status 1, without a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:

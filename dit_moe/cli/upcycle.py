@@ -10,18 +10,17 @@ from rich.console import Console
 
 from ..checkpoint import load_checkpoint
 from ..upcycle import upcycle as upcycled
+from .common import HeadsOption, reported_errors
 from .convert import (
     DtypeOption,
     ForceOption,
     Format,
     FormatOption,
-    HeadsOption,
     SourceArgument,
     TargetArgument,
     VerifyOption,
     check_target,
     report,
-    reported_errors,
     torch_dtype,
     write,
 )

@@ -1,4 +1,4 @@
-"""The order in which training visits the images: shuffled anew each epoch, and known from the seed and the step alone."""
+"""The order in which training visits the images: shuffled each epoch, and known from seed and step alone."""
 
 from __future__ import annotations
 

