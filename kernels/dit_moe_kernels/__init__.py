@@ -5,7 +5,7 @@ unfused permute, grouped_gemm, swiglu, grouped_gemm, unpermute. All are torch.li
 """
 
 from .activation import swiglu
-from .backends import BACKENDS, availability, use_backend
+from .backends import BACKENDS, availability, cuda_build_info, op_families, use_backend
 from .errors import BackendUnavailableError, KernelError
 from .expert_ffn import expert_ffn
 from .grouped_gemm import grouped_gemm
@@ -19,9 +19,11 @@ __all__ = [
     "KernelError",
     "RoutingPlan",
     "availability",
+    "cuda_build_info",
     "expert_ffn",
     "grouped_gemm",
     "make_routing_plan",
+    "op_families",
     "permute",
     "router_logits",
     "swiglu",

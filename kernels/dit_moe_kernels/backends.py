@@ -67,6 +67,18 @@ def availability(backend: str, device: str = "cuda") -> str | None:
     raise ValueError(f"unknown backend: got {backend!r}, expected one of {BACKENDS[1:]}")
 
 
+def op_families(backend: str) -> tuple[str, ...]:
+    """The op families that `backend` implements, such as "permute" or "expert_ffn"."""
+    return tuple(family for family, names in _PREFERENCE.items() if backend in names)
+
+
+def cuda_build_info() -> dict[str, str] | None:
+    """CUDA version ("cuda_version") and GPU architectures ("archs") of the compiled extension, None without it."""
+    from . import cuda_impl
+
+    return cuda_impl.extension().build_info() if cuda_impl.import_error() is None else None
+
+
 def resolve(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
     """Turn a requested backend into the one that runs.
 
@@ -107,7 +119,7 @@ _settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _choose(family: str, device: str, dtype: torch.dtype) -> str:
     """The first backend of the preference list that can run; says once what was chosen and why."""
-    rejected = []
+    rejected: list[str] = []
     for candidate in _PREFERENCE[family]:
         reason = _reason_against(candidate, family, device, dtype)
         if reason is None:
