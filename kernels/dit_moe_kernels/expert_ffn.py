@@ -81,14 +81,14 @@ def _forward_impl(
     save_h: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tensors = [t.contiguous() for t in (x, w13, w2, topk_weights)]
+    x, w13, w2, topk_weights = (t.contiguous() for t in (x, w13, w2, topk_weights))
     if backend == "triton":
         from .triton_impl import expert_ffn as kernels
 
         return kernels.expert_ffn(
-            *tensors, expert_offsets, row_to_slot, slot_to_row, tile_expert, tile_row, tile_rows, save_h
+            x, w13, w2, topk_weights, expert_offsets, row_to_slot, slot_to_row, tile_expert, tile_row, tile_rows, save_h
         )
-    y, h = reference.expert_ffn(*tensors, expert_offsets, row_to_slot, slot_to_row)
+    y, h = reference.expert_ffn(x, w13, w2, topk_weights, expert_offsets, row_to_slot, slot_to_row)
     return y, h if save_h else h.new_empty(0, h.shape[1])
 
 
@@ -126,7 +126,7 @@ _expert_ffn = define_op(
 
 def _backward_impl(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, *rest: Any):
     *plan, backend = rest
-    tensors = [t.contiguous() for t in (grad, h, x, w13, w2, topk_weights)]
+    tensors: list[Any] = [t.contiguous() for t in (grad, h, x, w13, w2, topk_weights)]
     if backend == "triton":
         from .triton_impl import expert_ffn as kernels
 

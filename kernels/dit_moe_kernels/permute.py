@@ -65,12 +65,12 @@ def check_topk_weights(topk_weights: Tensor, like: Tensor, plan: RoutingPlan) ->
 def _implementation(backend: str) -> Any:
     """The module with permute, unpermute and unpermute_backward for a backend; the signatures are reference's."""
     if backend == "triton":
-        from .triton_impl import permute as module
+        from .triton_impl import permute as triton_permute
 
-        return module
-    from .cuda_impl import permute as module
+        return triton_permute
+    from .cuda_impl import permute as cuda_permute
 
-    return module
+    return cuda_permute
 
 
 # ---- permute

@@ -93,7 +93,8 @@ def make_routing_plan(
     if validate or (validate is None and topk_ids.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_ids(topk_ids, num_experts)
     name = backends.resolve(backend, "routing", topk_ids.device.type, torch.float32)
-    return RoutingPlan(*_routing_plan(topk_ids, num_experts, tile_rows, name), tile_rows=tile_rows, top_k=top_k)
+    counts, offsets, row_to_slot, slot_to_row, *tiles = _routing_plan(topk_ids, num_experts, tile_rows, name)
+    return RoutingPlan(counts, offsets, row_to_slot, slot_to_row, tiles[0], tiles[1], tile_rows, top_k)
 
 
 def _check_ids(topk_ids: Tensor, num_experts: int) -> None:

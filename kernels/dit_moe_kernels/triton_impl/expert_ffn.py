@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -25,7 +27,12 @@ def expert_ffn(
 ) -> tuple[Tensor, Tensor]:
     """Forward; returns y (T, D) and h (N, 2F), which has no rows unless save_h."""
     top_k, num_rows, width = topk_weights.shape[1], row_to_slot.shape[0], w2.shape[2]
-    plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
+    plan: dict[str, Any] = {
+        "offsets": offsets,
+        "tile_expert": tile_expert,
+        "tile_row": tile_row,
+        "tile_rows": tile_rows,
+    }
     config = configs.gemm_config("swiglu", tile_rows, x.dtype, common.capability(common.device_index(x)))
     a = x.new_empty(num_rows, width)
     h = x.new_empty(num_rows if save_h else 0, 2 * width)
@@ -63,7 +70,12 @@ def expert_ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, w13, w2 and topk_weights."""
     top_k, num_rows, width = topk_weights.shape[1], row_to_slot.shape[0], w2.shape[2]
-    plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
+    plan: dict[str, Any] = {
+        "offsets": offsets,
+        "tile_expert": tile_expert,
+        "tile_row": tile_row,
+        "tile_rows": tile_rows,
+    }
     config = configs.gemm_config("dswiglu", tile_rows, x.dtype, common.capability(common.device_index(x)))
     # Rows are gathered by copies here: a gather inside the weight gradient's main loop was measured slower.
     grad_rows = permute.permute(grad, row_to_slot, top_k)

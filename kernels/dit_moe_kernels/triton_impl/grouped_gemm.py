@@ -12,6 +12,8 @@ that no tile mixes experts and no host sync is needed. The variants:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -286,7 +288,12 @@ def grouped_gemm(
 ) -> Tensor:
     """x (N, I), w (E, O, I) -> (N, O); rows past offsets[-1] are not written."""
     out = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device)
-    plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
+    plan: dict[str, Any] = {
+        "offsets": offsets,
+        "tile_expert": tile_expert,
+        "tile_row": tile_row,
+        "tile_rows": tile_rows,
+    }
     launch(x, w, out, width=w.shape[1], epilogue="store", w_is_kn=False, **plan)
     return out
 
@@ -296,6 +303,11 @@ def grouped_gemm_dx(
 ) -> Tensor:
     """grad (N, O), w (E, O, I) -> (N, I); rows past offsets[-1] are not written."""
     out = torch.empty(grad.shape[0], w.shape[2], dtype=grad.dtype, device=grad.device)
-    plan = {"offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "tile_rows": tile_rows}
+    plan: dict[str, Any] = {
+        "offsets": offsets,
+        "tile_expert": tile_expert,
+        "tile_row": tile_row,
+        "tile_rows": tile_rows,
+    }
     launch(grad, w, out, width=w.shape[2], epilogue="store", w_is_kn=True, **plan)
     return out
