@@ -17,7 +17,7 @@ MAX_LINES = 420
 # From the bottom up. A module may import modules of lower levels and of its own subpackage.
 LEVELS = {
     "dit_moe_kernels": (
-        {"errors", "checks", "configs", "library"},
+        {"errors", "checks", "configs", "library", "flops"},
         {"reference"},
         {"triton_impl", "cuda_impl"},
         {"backends"},
@@ -33,8 +33,9 @@ LEVELS = {
         {"checkpoint", "sampling", "upcycle", "data"},
         {"images", "vae", "training"},
         {"metrics", "runs"},
-        {"evaluate", "analysis"},
+        {"evaluate", "analysis", "demo"},
         {"cli"},
+        {"__main__"},
     ),
 }
 FOLDERS = {"dit_moe_kernels": ROOT / "kernels/dit_moe_kernels", "dit_moe": ROOT / "dit_moe"}
