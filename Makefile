@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 export PATH := $(abspath $(VENV))/bin:$(patsubst %/,%,$(dir $(shell command -v $(PYTHON)))):$(PATH)
 
 STAMP := $(VENV)/.installed
-CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.cpp csrc/include/*.h)
+CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 BUILD_INPUTS := pyproject.toml setup.py tools/make_env.py $(wildcard requirements/*.txt) $(CSRC)
 
 .DEFAULT_GOAL := help
@@ -26,7 +26,7 @@ demo: $(STAMP)  ## train a small DiT-MoE on real images and sample from it into 
 	$(VENV)/bin/dit-moe demo --out demo $(DEMO_ARGS)
 
 test: $(STAMP)  ## run the tests (those that need a GPU are skipped without one)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(TEST_WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check style, formatting and types
 	ruff check .
