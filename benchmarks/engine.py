@@ -105,6 +105,9 @@ def compare(context: Context, template: Row, timers: Sequence[str], builders: Ma
                     entries[provider, timer] = _timed(context.clock, candidate, timer)
                 except NotCapturable as reason:
                     row = replace(row, status=f"skipped: {reason}")
+                except Exception as error:
+                    row = replace(row, status=status_of(error))
+                if row.status != candidate.status:
                     ensure_alive(context.clock, provider)
             rows[provider, timer] = row
     context.watch("timing")

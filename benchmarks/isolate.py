@@ -118,8 +118,10 @@ def run_isolated(job: Job, stall_seconds: float) -> Iterator[list[Row]]:
                 yield [Row(**row) for row in event["rows"]]
                 first = event["task"] + 1
                 current = {"task": first, "provider": "inputs"}
+            elif "reason" in event:
+                how = event["reason"]
             elif "end" in event:
-                how = event["end"]
+                how = how or event["end"]
             else:
                 current = event
         if first < len(job.tasks):

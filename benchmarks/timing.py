@@ -92,6 +92,7 @@ class CudaClock:
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(max(4 * l2_bytes, 2**26), dtype=torch.int8, device="cuda")
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def start_task(self) -> None:
         """Take a new memory pool for the graphs of the next task."""
@@ -140,16 +141,15 @@ class CudaClock:
             NotCapturable: a call waits for the GPU, or the capture failed.
         """
         self._forbid_waiting(calls[0])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for call in calls:
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 for call in calls:
                     call()
             graph.replay()
@@ -181,16 +181,21 @@ def measure_peaks(tiny: bool = False) -> dict[str, float]:
     Args:
         tiny: a single short sample instead of a warmed-up median.
     """
-    clock, size = CudaClock(), 8192
+    peaks = _peaks(CudaClock(), tiny)
+    torch.cuda.empty_cache()  # the workers need the memory
+    return peaks
+
+
+def _peaks(clock: CudaClock, tiny: bool) -> dict[str, float]:
+    size, copied, (rounds, calls) = 8192, 2**30, (1, 1) if tiny else (9, 20)
     clock.warm_up(0.0 if tiny else 1500.0)
-    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
-    b, out = torch.randn_like(a), torch.empty_like(a)
-    source = torch.randint(-100, 100, (2**30,), device="cuda", dtype=torch.int8)
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    source = torch.randint(-100, 100, (copied,), device="cuda", dtype=torch.int8)
     target = torch.empty_like(source)
-    rounds, calls = (1, 1) if tiny else (9, 20)
     product_ms = summarize([clock.time_ms([lambda: torch.mm(a, b, out=out)], calls) for _ in range(rounds)]).median_ms
     copy_ms = summarize([clock.time_ms([lambda: target.copy_(source)], calls) for _ in range(rounds)]).median_ms
-    return {"bf16_tflops": 2 * size**3 / product_ms / 1e9, "copy_gbps": 2 * source.numel() / copy_ms / 1e6}
+    return {"bf16_tflops": 2 * size**3 / product_ms / 1e9, "copy_gbps": 2 * copied / copy_ms / 1e6}
 
 
 def make_clock(device: str) -> Clock:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .engine import DeviceLost
 from .isolate import Job, run_here
+from .timing import first_line
 
 DEVICE_LOST = 86
 
@@ -26,7 +27,7 @@ def main(job_file: str, event_file: str) -> int:
             for _ in run_here(job, first, tell):
                 pass  # the parent reads the rows from the file
         except DeviceLost as error:
-            print(f"worker: the GPU is lost after {error}: {error.__cause__}", file=sys.stderr)
+            tell({"reason": f"the GPU was lost, {first_line(error.__cause__ or error)}"})
             return DEVICE_LOST
     return 0
 
