@@ -269,7 +269,7 @@ def _finish(figure: Figure, title: str, runs: list[dict[str, Any]], panels: list
     """Title with the machine, and one legend for all panels at the right."""
     gpu = next((run["gpu"]["name"] for run in reversed(runs) if run.get("gpu")), "CPU, smoke run")
     torch_version = runs[-1]["packages"]["torch"] if runs else ""
-    figure.suptitle(f"{title}\n{gpu}, torch {torch_version}", fontsize=12)
+    figure.suptitle(f"{title}\n{gpu}, torch {torch_version}", fontsize=12, x=0.02, ha="left")
     entries: dict[str, Any] = {}
     dashes: set[str] = set()
     for panel in panels:

@@ -120,9 +120,11 @@ def _margin(x: Tensor, gate: Tensor, top_k: int) -> Tensor:
 
 
 def plain_layer(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> Tensor:
-    """The routed layer in plain PyTorch, one expert after the other, every product in the dtype of its inputs."""
-    router_dtype = torch.promote_types(x.dtype, torch.float32)
-    probs = F.linear(x.to(router_dtype), gate.to(router_dtype)).softmax(dim=-1)
+    """The routed layer in plain PyTorch, one expert after the other, every product in the dtype of its inputs.
+
+    That holds for the router too, as in the official code and in some peers; only the softmax is wider.
+    """
+    probs = F.linear(x, gate).to(torch.promote_types(x.dtype, torch.float32)).softmax(dim=-1)
     weights, ids = probs.topk(top_k, dim=-1)
     out = torch.zeros_like(x)
     for expert in range(gate.shape[0]):
