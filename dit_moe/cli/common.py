@@ -173,7 +173,7 @@ class BackendChoices(logging.Handler):
         if self.backend is not Backend.auto:
             return [f"backend: {self.backend.value}, as asked"]
         return [
-            f"backend: {backend} on {device} for {', '.join(sorted(families))} in {dtype.removeprefix('torch.')} ({why})"
+            f"backend: {backend} on {device} in {dtype.removeprefix('torch.')} for {', '.join(families)} ({why})"
             for (device, dtype, backend, why), families in self.families.items()
         ]
 

@@ -83,7 +83,9 @@ def _sample(console: Console, model: DiT, plan: DemoPlan, data: ImageDataset, de
     save_grid(out / "samples.png", rows.reshape(-1, *images.shape[1:]), rows.shape[1], scale=scale)
     for name, row in zip(data.class_names, rows, strict=True):
         save_grid(out / f"class-{name}.png", row, rows.shape[1], scale=scale)
-    console.print(f"pictures, one row a class: {out / 'samples.png'}, {out / 'class-*.png'}", highlight=False)
+    console.print(
+        f"pictures, one row a class: {out / 'samples.png'}, {out / 'class-*.png'}", highlight=False, soft_wrap=True
+    )
     try:
         _print_verdict(console, judge(images, class_ids, data), data)
     except DataUnavailableError as error:
@@ -100,8 +102,10 @@ def _introduce(console: Console, model: DiT, data: ImageDataset, plan: DemoPlan,
     config = model.config
     parameters = sum(param.numel() for param in model.parameters())
     console.print(
-        f"DiT-MoE: {config.depth} blocks, width {config.hidden_size}, {config.num_experts} experts, "
-        f"top {config.top_k}, {config.num_tokens} tokens an image, {parameters:,} parameters, {plan.training.dtype}"
+        f"model: {config.depth} blocks, width {config.hidden_size}, {config.num_experts} experts, "
+        f"top {config.top_k}, {config.num_tokens} tokens an image, {parameters:,} parameters, {plan.training.dtype}",
+        highlight=False,
+        soft_wrap=True,
     )
     console.print(f"data: {data.name}, {len(data):,} images; device: {describe_device(device)}", highlight=False)
 
@@ -117,5 +121,7 @@ def _print_verdict(console: Console, verdict: Verdict, data: ImageDataset) -> No
     console.print(
         f"a classifier fitted on real digits names {right} of {verdict.num_sampled} sampled ones as asked "
         f"([bold]{verdict.accuracy:.1%}[/bold]); of {verdict.num_held_out} real ones that it never saw it names "
-        f"{verdict.held_out_accuracy:.1%} right"
+        f"{verdict.held_out_accuracy:.1%} right",
+        highlight=False,
+        soft_wrap=True,
     )

@@ -141,7 +141,7 @@ def train(
         trainer = Trainer(DiT(_config(images, shape, preset)), images, settings, target)
         if resume:
             resume_run(trainer, out)
-            console.print(f"resumed at step {trainer.step}", highlight=False)
+            console.print(f"resumed at step {trainer.step}", highlight=False, soft_wrap=True)
         out.mkdir(parents=True, exist_ok=True)
         _introduce(console, trainer)
         _train(console, trainer, out, backend, log_every, save_every)
@@ -165,11 +165,15 @@ def _train(console: Console, trainer: Trainer, out: Path, backend: Backend, log_
             )
             save_run(trainer, out)
     if stop.signal is not None:
-        console.print(f"stopped at step {trainer.step} of {steps}, saved in {out}; --resume goes on", highlight=False)
+        console.print(
+            f"stopped at step {trainer.step} of {steps}, saved in {out}; --resume goes on",
+            highlight=False,
+            soft_wrap=True,
+        )
         raise typer.Exit(128 + stop.signal)
     if last and last[0].expert_load:
         print_expert_load(console, last[0].expert_load)
-    console.print(f"averaged model: {out / MODEL_FILE}, metrics: {out / METRICS_FILE}", highlight=False)
+    console.print(f"averaged model: {out / MODEL_FILE}, metrics: {out / METRICS_FILE}", highlight=False, soft_wrap=True)
 
 
 def _load(
@@ -180,7 +184,7 @@ def _load(
     if images.skipped:
         console.print(f"skipped {len(images.skipped)} files that cannot be read as images:", style="yellow")
         for line in images.skipped[:_SKIPPED_SHOWN]:
-            console.print(f"  {line}", markup=False, highlight=False)
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     return images
 
 
@@ -203,6 +207,11 @@ def _introduce(console: Console, trainer: Trainer) -> None:
         f"model: {config.depth} blocks, width {config.hidden_size}, {experts}, {config.num_tokens} tokens an image, "
         f"{parameters:,} parameters; {trainer.settings.dtype} on {describe_device(trainer.device)}",
         highlight=False,
+        soft_wrap=True,
     )
     size = f"{data.channels} x {data.image_size} x {data.image_size}"
-    console.print(f"data: {data.name}, {len(data):,} images of {size}, {data.num_classes} classes", highlight=False)
+    console.print(
+        f"data: {data.name}, {len(data):,} images of {size}, {data.num_classes} classes",
+        highlight=False,
+        soft_wrap=True,
+    )

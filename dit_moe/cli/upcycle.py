@@ -67,10 +67,12 @@ def upcycle(
         report(bigger, target, to, time.perf_counter() - start)
         if to is Format.official and bigger.config.top_k != 2:
             _note(f"official keys do not tell top_k: load this file with top_k={bigger.config.top_k}")
-        if exact and not noise_std:
+        if exact and model.config.is_moe and not noise_std:
             _note("copies that are always chosen together never part in training without noise: see --noise-std")
-        if not model.config.is_moe:
-            _note("a GELU MLP does not fit SwiGLU experts: the new model's output is not the source's")
+        if not model.config.is_moe and not exact:
+            _note("a GELU MLP does not fit SwiGLU experts: the new model's output is not the source's, see --exact")
+        if bigger.config.shared_expert != "swiglu":
+            _note("the shared expert is the source's GELU MLP: this model has no official layout")
 
 
 def _note(text: str) -> None:
