@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+SHARED_EXPERTS = ("swiglu", "gelu")
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -21,12 +23,14 @@ class DiTConfig:
         mlp_ratio: hidden width of one routed expert, or of the dense MLP, in units of hidden_size.
         num_experts: E, routed experts of each block; 0 means a dense DiT.
         top_k: K, routed experts that each token visits.
-        num_shared_experts: width of the shared expert in units of hidden_size; 0 means none.
+        num_shared_experts: width of the SwiGLU shared expert in units of hidden_size; 0 means none.
         num_classes: class ids are 0 to num_classes - 1, and num_classes is the null class.
         class_dropout_prob: chance that training replaces a class id by the null class.
         learn_sigma: predict in_channels more channels, as the official models do.
         qk_norm: LayerNorm on each head's queries and keys, as in the official XL and G models.
         balance_alpha: factor of the balance loss; the paper says 0.005, the official code ships 0.01.
+        shared_expert: "swiglu", as the official models have, or "gelu": the dense DiT's MLP, with biases and of width
+            mlp_ratio * hidden_size whatever num_shared_experts says. Upcycled dense models use it to keep their MLP.
 
     Raises:
         TypeError, ValueError: a value has the wrong type or lies outside its range.
@@ -47,6 +51,7 @@ class DiTConfig:
     learn_sigma: bool = True
     qk_norm: bool = False
     balance_alpha: float = 0.01
+    shared_expert: str = "swiglu"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -57,6 +62,8 @@ class DiTConfig:
         for name in ("num_experts", "num_shared_experts", "balance_alpha"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.shared_expert not in SHARED_EXPERTS:
+            raise ValueError(f"shared_expert: got {self.shared_expert!r}, expected one of {SHARED_EXPERTS}")
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k: got {self.top_k}, expected 1 to num_experts = {self.num_experts}")
         if self.ffn_hidden_size < 1:
@@ -98,7 +105,9 @@ class DiTConfig:
     @property
     def shared_hidden_size(self) -> int:
         """Hidden width of the shared expert; 0 where there is none."""
-        return self.hidden_size * self.num_shared_experts if self.is_moe else 0
+        if not self.is_moe:
+            return 0
+        return self.ffn_hidden_size if self.shared_expert == "gelu" else self.hidden_size * self.num_shared_experts
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict that JSON can hold."""
@@ -119,6 +128,6 @@ class DiTConfig:
 
 def _check_type(name: str, value: object, expected: str) -> None:
     """Compare with the annotation: bool is no number here, and an int may stand for a float."""
-    accepted = {"int": (int,), "float": (int, float), "bool": (bool,)}[expected]
+    accepted = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[expected]
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected != "bool"):
         raise TypeError(f"{name}: got {value!r}, expected {expected}")

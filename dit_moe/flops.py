@@ -18,12 +18,13 @@ def parameters_by_part(config: DiTConfig) -> dict[str, int]:
     """
     width = config.hidden_size
     patch = config.patch_size**2
+    gelu = config.is_moe and config.shared_expert == "gelu"
     block = {
         "attention": 4 * width * (width + 1) + (4 * config.head_dim if config.qk_norm else 0),
         "modulation": 6 * width * (width + 1),
         "router": config.num_experts * width,
         "experts": config.num_experts * expert_parameters(config),
-        "shared_expert": 3 * width * config.shared_hidden_size,
+        "shared_expert": _shared_expert_macs(config) + (config.shared_hidden_size + width if gelu else 0),
         "mlp": 0 if config.is_moe else 2 * width * config.ffn_hidden_size + config.ffn_hidden_size + width,
     }
     return {
@@ -39,6 +40,11 @@ def parameters_by_part(config: DiTConfig) -> dict[str, int]:
 def expert_parameters(config: DiTConfig) -> int:
     """Parameters of one routed expert: three matrices of D x F."""
     return 3 * config.hidden_size * config.ffn_hidden_size if config.is_moe else 0
+
+
+def _shared_expert_macs(config: DiTConfig) -> int:
+    """Entries of its matrices, each used once per token: two of D x Fs in a GELU MLP, three in a SwiGLU."""
+    return (2 if config.shared_expert == "gelu" else 3) * config.hidden_size * config.shared_hidden_size
 
 
 def count_parameters(config: DiTConfig) -> int:
@@ -66,7 +72,7 @@ def macs_by_part(config: DiTConfig) -> dict[str, int]:
         "modulation": 6 * width**2,  # once per image
         "router": tokens * config.num_experts * width,
         "experts": tokens * config.top_k * expert_parameters(config),
-        "shared_expert": tokens * 3 * width * config.shared_hidden_size,
+        "shared_expert": tokens * _shared_expert_macs(config),
         "mlp": 0 if config.is_moe else tokens * 2 * width * config.ffn_hidden_size,
     }
     return {

@@ -55,6 +55,7 @@ class DiTBlock(nn.Module):
                 config.num_experts,
                 config.top_k,
                 config.num_shared_experts,
+                shared_expert=config.shared_expert,
                 balance_alpha=config.balance_alpha,
             )
         else:
@@ -104,7 +105,8 @@ class DiT(nn.Module):
 
     With `config.num_experts` > 0 it is DiT-MoE (arXiv 2407.11633), a mixture of experts in every block; with 0 it is
     the dense DiT. Parameter names are the official ones, except that a block's experts are stacked in
-    moe.experts.{w13,w2} and moe.shared_experts.{w13,w2}; `dit_moe.checkpoint` converts.
+    moe.experts.{w13,w2} and moe.shared_experts.{w13,w2}; `dit_moe.checkpoint` converts. With `config.shared_expert`
+    "gelu", which the official models do not know, moe.shared_experts has the dense MLP's names {fc1,fc2}.{weight,bias}.
 
     Args:
         config: the architecture.

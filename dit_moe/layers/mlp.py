@@ -54,12 +54,20 @@ class Mlp(nn.Module):
     Args:
         hidden_size: D, width of a token.
         mlp_hidden_size: hidden width.
+        device, dtype: of the weights.
     """
 
-    def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        mlp_hidden_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
-        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
+        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

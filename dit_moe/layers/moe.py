@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config import SHARED_EXPERTS
 from ..losses import balance_loss
 from .experts import GroupedExperts
-from .mlp import SwiGLU
+from .mlp import Mlp, SwiGLU
 from .router import TopKRouter
 
 
@@ -45,7 +46,9 @@ class MoEFeedForward(nn.Module):
         num_experts: E, routed experts.
         top_k: K, routed experts that each token visits.
         num_shared_experts: the shared expert is one SwiGLU of width num_shared_experts * D; 0 means none.
-        shared_hidden_size: another width of the shared expert, instead of num_shared_experts * D.
+        shared_expert: "swiglu", or "gelu": the shared expert is the dense DiT's MLP instead, fc2(gelu(fc1(x))) with
+            biases, of width F whatever num_shared_experts says; `dit_moe.upcycle` keeps a dense model's MLP in it.
+        shared_hidden_size: another width of the shared expert; 0 means none.
         balance_alpha: factor of the balance loss; the paper says 0.005, the official code ships 0.01.
         backend: "auto", "triton", "cuda" or "reference", see `dit_moe_kernels.use_backend`.
         device, dtype: of the weights.
@@ -62,6 +65,7 @@ class MoEFeedForward(nn.Module):
         top_k: int = 2,
         num_shared_experts: int = 2,
         *,
+        shared_expert: str = "swiglu",
         shared_hidden_size: int | None = None,
         balance_alpha: float = 0.01,
         backend: str = "auto",
@@ -69,8 +73,10 @@ class MoEFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if shared_expert not in SHARED_EXPERTS:
+            raise ValueError(f"shared_expert: got {shared_expert!r}, expected one of {SHARED_EXPERTS}")
         if shared_hidden_size is None:
-            shared_hidden_size = num_shared_experts * hidden_size
+            shared_hidden_size = expert_hidden_size if shared_expert == "gelu" else num_shared_experts * hidden_size
         for name, width in (("hidden_size", hidden_size), ("expert_hidden_size", expert_hidden_size)):
             if width < 1:
                 raise ValueError(f"{name}: got {width}, expected at least 1")
@@ -81,7 +87,11 @@ class MoEFeedForward(nn.Module):
         self.hidden_size, self.balance_alpha = hidden_size, balance_alpha
         self.gate = TopKRouter(hidden_size, num_experts, top_k, **options)
         self.experts = GroupedExperts(hidden_size, expert_hidden_size, num_experts, **options)
-        self.shared_experts = SwiGLU(hidden_size, shared_hidden_size, **options) if shared_hidden_size else None
+        self.shared_experts: SwiGLU | Mlp | None = None
+        if shared_hidden_size and shared_expert == "gelu":
+            self.shared_experts = Mlp(hidden_size, shared_hidden_size, device=device, dtype=dtype)
+        elif shared_hidden_size:
+            self.shared_experts = SwiGLU(hidden_size, shared_hidden_size, **options)
 
     def forward(self, x: Tensor, router_x: Tensor | None = None) -> MoEOutput:
         """Apply the layer to every token.

@@ -58,6 +58,17 @@ def test_parameters_of_the_built_model(name: str) -> None:
     assert sum(p.numel() for key, p in model.named_parameters() if ".attn." in key) == parts["attention"]
 
 
+@pytest.mark.parametrize("num_experts", [4, 0])
+def test_parameters_with_a_gelu_shared_expert(num_experts: int) -> None:
+    model = tiny_model(num_experts=num_experts, shared_expert="gelu", mlp_ratio=2.5)
+    parts = parameters_by_part(model.config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(model.config)
+    shared = sum(p.numel() for key, p in model.named_parameters() if ".moe.shared_experts." in key)
+    assert shared == parts["shared_expert"] == (2 * (2 * 32 * 80 + 80 + 32) if num_experts else 0)
+    idle = 2 * sum(p[0].numel() for p in model.blocks[0].moe.experts.parameters()) if num_experts else 0
+    assert count_activated_parameters(model.config) == count_parameters(model.config) - 2 * idle
+
+
 def linear_macs(model: DiT) -> int:
     """Multiply-accumulates of all products with weights, counted while the model runs."""
     counted = []
@@ -81,7 +92,14 @@ def linear_macs(model: DiT) -> int:
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"num_experts": 0}, {"top_k": 3, "mlp_ratio": 2.5, "num_shared_experts": 1, "learn_sigma": False}]
+    "overrides",
+    [
+        {},
+        {"num_experts": 0},
+        {"top_k": 3, "mlp_ratio": 2.5, "num_shared_experts": 1, "learn_sigma": False},
+        {"shared_expert": "gelu", "mlp_ratio": 2.5},
+        {"shared_expert": "gelu", "num_experts": 0},
+    ],
 )
 def test_macs_of_a_running_model(overrides: dict) -> None:
     model = tiny_model(**overrides)

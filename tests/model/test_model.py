@@ -40,6 +40,8 @@ def test_config_survives_json() -> None:
         ({"mlp_ratio": 0.0}, ValueError, "mlp_ratio: got 0.0"),
         ({"class_dropout_prob": 1.5}, ValueError, "class_dropout_prob: got 1.5"),
         ({"balance_alpha": -1.0}, ValueError, "balance_alpha: got -1.0"),
+        ({"shared_expert": "relu"}, ValueError, "shared_expert: got 'relu', expected one of"),
+        ({"shared_expert": 2}, TypeError, "shared_expert: got 2, expected str"),
     ],
 )
 def test_config_refuses_nonsense(values: dict, error: type[Exception], message: str) -> None:

@@ -8,7 +8,7 @@ from dit_moe_kernels import BackendUnavailableError, use_backend
 from torch import Tensor
 
 from dit_moe import MoEFeedForward, MoEOutput
-from tests.model.util import naive_moe
+from tests.model.util import naive_moe, randomize
 
 FP64 = torch.float64
 
@@ -33,12 +33,14 @@ def gradients(loss: Tensor, moe: MoEFeedForward, *inputs: Tensor) -> dict[str, T
         {"num_experts": 1, "top_k": 1},
         {"num_experts": 8, "num_shared_experts": 0},
         {"shared_hidden_size": 5},
+        {"shared_expert": "gelu"},
+        {"shared_expert": "gelu", "shared_hidden_size": 5, "num_shared_experts": 0},
         {"expert_hidden_size": 7, "hidden_size": 13, "balance_alpha": 0.0},
     ],
     ids=str,
 )
 def test_output_loss_and_gradients_match_a_loop_over_tokens(options: dict) -> None:
-    moe = build(**options)
+    moe = randomize(build(**options), scale=0.4)
     x = torch.randn(11, moe.hidden_size, dtype=FP64, requires_grad=True)
     grad = torch.randn(11, moe.hidden_size, dtype=FP64)
     out = moe(x)
@@ -171,6 +173,8 @@ def test_names_in_the_state_dict() -> None:
         "shared_experts.w2": (16, 32),
     }
     assert set(build(num_shared_experts=0).state_dict()) == {"gate.weight", "experts.w13", "experts.w2"}
+    gelu = {name: tuple(value.shape) for name, value in build(shared_expert="gelu").shared_experts.state_dict().items()}
+    assert gelu == {"fc1.weight": (24, 16), "fc1.bias": (24,), "fc2.weight": (16, 24), "fc2.bias": (16,)}
 
 
 def test_repr_names_the_sizes() -> None:
@@ -204,6 +208,7 @@ def test_wrong_input() -> None:
         ({"top_k": 5}, "top_k: got 5"),
         ({"num_shared_experts": -1}, "width: got -16"),
         ({"balance_alpha": -0.1}, "balance_alpha: got -0.1"),
+        ({"shared_expert": "relu"}, "shared_expert: got 'relu'"),
     ],
 )
 def test_wrong_sizes(options: dict, message: str) -> None:

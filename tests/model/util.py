@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_moe import DiT, DiTConfig, MoEFeedForward
+from dit_moe.layers import Mlp
 
 TINY = DiTConfig(
     input_size=8, hidden_size=32, depth=2, num_heads=2, num_experts=4, num_classes=10, class_dropout_prob=0.1
@@ -49,11 +50,20 @@ def naive_moe(moe: MoEFeedForward, x_TD: Tensor, router_x_TD: Tensor | None = No
                 wide
             )
         out_D = out_D.to(x_D.dtype)
-        if moe.shared_experts is not None:
+        if isinstance(moe.shared_experts, Mlp):
+            out_D = out_D + naive_mlp(moe.shared_experts, x_D)
+        elif moe.shared_experts is not None:
             out_D = out_D + naive_swiglu(x_D, moe.shared_experts.w13, moe.shared_experts.w2)
         outputs.append(out_D)
     fractions = torch.tensor(counts, dtype=wide) * num_experts / (len(outputs) * top_k)
     return torch.stack(outputs), moe.balance_alpha * (fractions * probs_TE.mean(0)).sum(), torch.tensor(counts)
+
+
+def naive_mlp(mlp: Mlp, x_D: Tensor) -> Tensor:
+    """The dense DiT's MLP on one token, the tanh form of GELU written out."""
+    z_F = mlp.fc1.weight @ x_D + mlp.fc1.bias
+    gelu_F = 0.5 * z_F * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z_F + 0.044715 * z_F**3)))
+    return mlp.fc2.weight @ gelu_F + mlp.fc2.bias
 
 
 def naive_swiglu(x_D: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
