@@ -160,6 +160,7 @@ def _expert_fields(keys: _Keys, width: int, top_k: int | None) -> dict[str, obje
         num_experts=num_experts,
         top_k=min(2, num_experts) if top_k is None else top_k,
         num_shared_experts=num_shared_experts,
+        shared_expert="gelu" if keys.first(".moe.shared_experts.fc1.weight") else "swiglu",
         mlp_ratio=_ratio(hidden, width),
     )
 

@@ -18,7 +18,15 @@ def export_state_dict(model: DiT) -> dict[str, Tensor]:
     A model with q/k normalisation gets the XL and G release's attention keys (Wqkv, out_proj, q_norm, k_norm), others
     qkv and proj; a dense model gets Meta's DiT keys. The per-expert matrices are views of the stacked ones: nothing is
     copied, and changing them in place changes the model.
+
+    Raises:
+        ValueError: the model has a GELU shared expert, for which the release has no keys; `save_model` keeps it.
     """
+    if model.config.is_moe and model.config.shared_expert != "swiglu":
+        raise ValueError(
+            f"shared_expert: got {model.config.shared_expert!r}, expected 'swiglu', the only one that the official "
+            f"layout has keys for: use the native format (save_model)"
+        )
     flash = model.config.qk_norm
     return {
         part.key: tensor.detach()[part.index]

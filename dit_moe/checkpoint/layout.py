@@ -9,6 +9,7 @@ Our state dict has the official keys, with these exceptions (E experts, D model 
     blocks.i.moe.shared_experts.w2 (D, Fs)      moe.shared_experts.down_proj.weight (D, Fs)
     blocks.i.attn.{qkv,proj}.*                  attn.{Wqkv,out_proj}.* in the models with q/k LayerNorm (XL, G)
 
+A GELU shared expert, shared_experts.{fc1,fc2}.{weight,bias}, is ours alone: the release has no keys for it.
 Both attention layouts hold q, k, v rows in the same order, so no tensor is permuted: packing and unpacking only copy.
 """
 

@@ -76,10 +76,12 @@ def _config(source: Source, num_heads: int | None, top_k: int | None) -> DiTConf
         raise CheckpointError(f"num_heads={num_heads}, but the file's metadata says {told.num_heads}")
     seen = detect_config(source.specs, told.num_heads, top_k=told.top_k if told.is_moe else None)
     seen_fields, told_fields = seen.to_dict(), told.to_dict()
-    # Shapes do not tell the first two, the ratio is compared as a width, and a dense model ignores its expert fields.
+    # Shapes do not tell the first two, the ratio is compared as a width, and the other fields are ignored by the model.
     skip = {"class_dropout_prob", "balance_alpha", "mlp_ratio"}
     if not told.is_moe:
-        skip |= {"top_k", "num_shared_experts"}
+        skip |= {"top_k", "num_shared_experts", "shared_expert"}
+    elif told.shared_expert == "gelu":
+        skip.add("num_shared_experts")
     wrong = [
         f"{name} {told_fields[name]} (the tensors say {seen_fields[name]})"
         for name in told_fields

@@ -23,6 +23,7 @@ from dit_moe.checkpoint import (
     save_official,
 )
 from tests.model.checkpoint_cases import assert_same_bytes, golden_arrays, official_state
+from tests.model.util import tiny_model
 
 HEADS = {"tiny_timm": 2, "tiny_flash": None}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -266,6 +267,29 @@ def test_native_keeps_what_keys_do_not_tell(tmp_path: Path) -> None:
     save_model(net, tmp_path / "net.safetensors")
     assert load_model(tmp_path / "net.safetensors").config == net.config
     assert load_checkpoint(tmp_path / "net.safetensors", top_k=1).config.top_k == 1
+
+
+def test_native_with_a_gelu_shared_expert(tmp_path: Path) -> None:
+    model = tiny_model(shared_expert="gelu", num_shared_experts=3, mlp_ratio=2.5)
+    path = tmp_path / "gelu.safetensors"
+    save_model(model, path)
+    for loaded in (load_model(path), load_checkpoint(path)):
+        assert loaded.config == model.config
+        assert_same_bytes(loaded.state_dict(), model.state_dict())
+    again = load_checkpoint(model.state_dict(), num_heads=2)
+    assert again.config.shared_expert == "gelu" and again.config.shared_hidden_size == 80
+    assert_same_bytes(again.state_dict(), model.state_dict())
+
+
+def test_a_gelu_shared_expert_has_no_official_keys(tmp_path: Path) -> None:
+    model = tiny_model(shared_expert="gelu")
+    with pytest.raises(ValueError, match="shared_expert: got 'gelu', expected 'swiglu'"):
+        export_state_dict(model)
+    with pytest.raises(ValueError, match="shared_expert"):
+        save_official(model, tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+    dense = tiny_model(num_experts=0, shared_expert="gelu")  # which ignores the field
+    assert_same_bytes(load_checkpoint(export_state_dict(dense), num_heads=2).state_dict(), dense.state_dict())
 
 
 def test_native_mapping_is_detected() -> None:

@@ -269,6 +269,7 @@ def test_all_problems_are_in_one_error_and_long_lists_are_cut() -> None:
         ({"input_size": 16}, "input_size 16 .the tensors say 8"),
         ({"qk_norm": True}, "qk_norm True .the tensors say False"),
         ({"num_shared_experts": 1}, "num_shared_experts 1 .the tensors say 2"),
+        ({"shared_expert": "gelu"}, "shared_expert gelu .the tensors say swiglu"),
         ({"num_heads": 5}, "multiple of num_heads 5"),
         ({"depth": "2"}, "depth: got '2', expected int"),
         ({"run_code": "x"}, "unknown keys"),
