@@ -15,6 +15,10 @@ Copies that are always chosen together with equal weights also get equal gradien
 on w2 that sums to zero over such a set leaves the sum as it is, so equality and noise go together. The sets are all
 copies of an expert if K' = m * K; and, from one expert, each K' in the order of ids, in which `topk_softmax` breaks
 the exact ties of a zero router.
+
+A dense DiT's GELU MLP is no SwiGLU expert, so there equality keeps the MLP itself as the shared expert, which joins
+after routing, beside routed experts with w2 = 0 that add nothing yet. Their w13 is drawn at random, another for each:
+w2 gets gradients from the first step on, other ones for each expert, whatever the router, K' and E'.
 """
 
 from __future__ import annotations
@@ -48,9 +52,11 @@ def upcycle(
 ) -> DiT:
     """A DiT-MoE with `num_experts` experts per block that starts from another model's weights.
 
-    Expert j is a copy of the source's expert j mod E; everything outside the routed layers is copied as it is. From a
-    dense DiT, whose GELU MLP no SwiGLU expert can equal, each expert gets gate 1.702 * fc1, up fc1 and down
-    0.2984 * fc2 without the biases: a rough start, not the same function.
+    Expert j is a copy of the source's expert j mod E; everything outside the routed layers is copied as it is. A dense
+    DiT's GELU MLP, which no SwiGLU expert can equal, offers a choice. With `exact` it becomes the shared expert
+    (`DiTConfig.shared_expert` "gelu", which the official layout does not know), and fresh routed experts with w2 = 0
+    add nothing yet. Without, each expert gets gate 1.702 * fc1, up fc1 and down 0.2984 * fc2 and no biases: a rough
+    start, not the same function.
 
     Args:
         model: the source, left as it is.
@@ -58,13 +64,14 @@ def upcycle(
         top_k: K'; None means the source's, at least 2; with `exact`, the smallest fitting number above 1.
         num_shared_experts: width of the shared expert in units of hidden_size; None means the source's. One that the
             source has not starts with a zero w2 and so adds nothing at first; an existing one keeps its width.
-        exact: make the result equal the source at step 0 up to rounding, or raise. This means E' = m * E, and
-            K' = m * K, or K' <= m if K = 1, and a router without noise.
+        exact: make the result equal the source at step 0 up to rounding, or raise. From an MoE this means E' = m * E,
+            and K' = m * K, or K' <= m if K = 1, and a router without noise. From a dense DiT all E', K' and routers
+            fit; num_shared_experts and noise_std have no use then and are refused.
         noise_std: Gaussian noise on every copy of an expert but the first, relative to the standard deviation of
             its weights. With `exact` it is on w2 alone and cancels in every sum; without it, copies that are always
             chosen together stay equal for ever, so give some (such as 0.1) to a model that is to be trained.
         router_init_std: Gaussian noise on the router's rows, which are copies of the source's, or zero if that had
-            one expert or none; None means 0.02 as in the official recipe, and 0 with `exact`.
+            one expert or none; None means 0.02 as in the official recipe, and 0 with `exact` from an MoE.
         rescale: multiply w2 by (E' * K) / (E * K'), as weights of more experts are smaller. The official recipe does
             not.
         seed: of all noise, drawn on the CPU: the same on every device.
@@ -76,8 +83,14 @@ def upcycle(
         ValueError: an option is out of range, or `exact` is impossible; the message says why.
     """
     source = model.config
+    keep_mlp = exact and not source.is_moe
+    if keep_mlp and (noise_std or num_shared_experts is not None):
+        raise ValueError(
+            f"exact: from a dense DiT, whose MLP is the shared expert beside fresh routed ones, expected noise_std 0 "
+            f"and num_shared_experts None, got {noise_std} and {num_shared_experts}"
+        )
     num_shared_experts = source.num_shared_experts if num_shared_experts is None else num_shared_experts
-    if source.is_moe and source.num_shared_experts not in (0, num_shared_experts):
+    if source.shared_hidden_size and source.num_shared_experts != num_shared_experts:
         raise ValueError(
             f"num_shared_experts: got {num_shared_experts}, expected {source.num_shared_experts} as the source has"
         )
@@ -86,7 +99,7 @@ def upcycle(
     for name, std in (("noise_std", noise_std), ("router_init_std", router_init_std or 0.0)):
         if not 0 <= std < math.inf:
             raise ValueError(f"{name}: got {std}, expected 0 or more")
-    if exact:
+    if exact and source.is_moe:
         _check_exact(source, num_experts, router_init_std, rescale)
         top_k = _exact_top_k(source, num_experts, top_k)
         if noise_std and source.num_experts > 1 and top_k < num_experts // source.num_experts:
@@ -98,10 +111,12 @@ def upcycle(
     elif top_k is None:
         top_k = min(num_experts, max(2, source.top_k))
     target_config = replace(source, num_experts=num_experts, top_k=top_k, num_shared_experts=num_shared_experts)
+    if not source.is_moe:
+        target_config = replace(target_config, shared_expert="gelu" if keep_mlp else "swiglu")
     scale = num_experts * _visited(source) / (_experts(source) * top_k) if rescale else 1.0
     router_std = DEFAULT_ROUTER_STD if router_init_std is None else router_init_std
     cancelling = top_k if exact else None
-    maker = _Weights(model, scale, noise_std, router_std, cancelling, seed)
+    maker = _Weights(model, scale, noise_std, router_std, cancelling, keep_mlp, seed)
     with torch.device("meta"):
         target = DiT(target_config)
     target.load_state_dict({name: maker.make(name, p.shape) for name, p in target.state_dict().items()}, assign=True)
@@ -119,11 +134,6 @@ def _visited(config: DiTConfig) -> int:
 
 
 def _check_exact(source: DiTConfig, num_experts: int, router_init_std: float | None, rescale: bool) -> None:
-    if not source.is_moe:
-        raise ValueError(
-            "exact: impossible from a dense DiT with a GELU MLP: SwiGLU experts without bias have value and "
-            "derivative 0 at input 0, the MLP has not. Use a source with SwiGLU experts (one is enough), or exact=False"
-        )
     if router_init_std or not rescale:
         raise ValueError(f"exact: expected router_init_std 0 or None, and rescale, got {router_init_std} and {rescale}")
     if num_experts % source.num_experts:
@@ -151,11 +161,19 @@ class _Weights:
     """Makes the target's tensors from the source's, with noise from one generator in the order of the calls."""
 
     def __init__(
-        self, model: DiT, scale: float, noise_std: float, router_std: float, cancelling: int | None, seed: int
+        self,
+        model: DiT,
+        scale: float,
+        noise_std: float,
+        router_std: float,
+        cancelling: int | None,
+        keep_mlp: bool,
+        seed: int,
     ) -> None:
         self.source, self.config = model.state_dict(), model.config
         self.scale, self.noise_std, self.router_std = scale, noise_std, router_std
         self.cancelling = cancelling  # K' if the noise has to cancel
+        self.keep_mlp = keep_mlp  # as the shared expert, so that the routed ones are fresh
         self.generator = torch.Generator().manual_seed(seed)
 
     def make(self, name: str, shape: torch.Size) -> Tensor:
@@ -163,6 +181,10 @@ class _Weights:
         block, _, leaf = name.partition(".moe.")
         if leaf == "gate.weight":
             return self._router(block, shape)
+        if self.keep_mlp and leaf.startswith("shared_experts."):
+            return self.source[name.replace(".moe.shared_experts.", ".mlp.")].clone()
+        if self.keep_mlp and leaf.startswith("experts."):
+            return self._silent(block, leaf, shape)
         if leaf == "experts.w13":
             copies = _tiled(self._source_w13(block), shape[0])
             return self._noisy(copies) if self.cancelling is None else copies
@@ -171,7 +193,7 @@ class _Weights:
             return self._noisy(copies)
         if name in self.source:
             return self.source[name].clone()
-        return self._new_shared(block, leaf, shape)
+        return self._silent(block, leaf, shape)
 
     def _source_w13(self, block: str) -> Tensor:
         if self.config.is_moe:
@@ -220,12 +242,12 @@ class _Weights:
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator).to(like.device, like.dtype)
 
-    def _new_shared(self, block: str, leaf: str, shape: torch.Size) -> Tensor:
-        """A shared expert that adds nothing yet but learns: Xavier uniform w13 and zero w2."""
+    def _silent(self, block: str, leaf: str, shape: torch.Size) -> Tensor:
+        """New experts, shared or routed, that add nothing yet but learn: Xavier uniform w13 and zero w2."""
         weight = self._source_w2(block).new_zeros(shape)
-        if leaf == "shared_experts.w13":
-            bound = math.sqrt(6 / (shape[0] // 2 + shape[1]))
-            weight += (2 * torch.rand(shape, generator=self.generator) - 1).to(weight) * bound
+        if leaf.endswith(".w13"):
+            bound = math.sqrt(6 / (shape[-2] // 2 + shape[-1]))
+            weight += torch.rand(shape, generator=self.generator).mul_(2 * bound).sub_(bound).to(weight)
         return weight
 
 

@@ -94,4 +94,19 @@ def test_upcycle_notes_and_errors(app: typer.Typer, source: Path, tmp_path: Path
     torch.save(official_state(experts=0), source)
     dense = ("upcycle", source, target, "--num-experts", 8, "--num-heads", 2, "--force")
     assert "output is not the source's" in run(app, *dense)
-    assert "impossible from a dense DiT" in run(app, *dense, "--exact", code=1)
+
+
+def test_upcycle_exactly_from_dense(app: typer.Typer, tmp_path: Path) -> None:
+    source, target = tmp_path / "dense.pt", tmp_path / "more.safetensors"
+    torch.save(official_state(experts=0), source)
+    options = ("--num-experts", 8, "--num-heads", 2, "--exact")
+    assert "shared_expert: got 'gelu'" in run(app, "upcycle", source, target, *options, "--to", "official", code=1)
+    assert not target.exists()
+    output = run(app, "upcycle", source, target, *options)
+    assert "8 experts, top 2" in output and "no official layout" in output
+    assert "never part" not in output and "output is not the source's" not in output
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)
+    with torch.no_grad():
+        got, expected = load_model(target)(x, t, y), load_checkpoint(source, num_heads=2)(x, t, y)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert "shared_expert: got 'gelu'" in run(app, "convert", target, tmp_path / "no.pt", "--to", "official", code=1)

@@ -123,7 +123,8 @@ def test_one_expert_exactly_or_with_a_spread_router() -> None:
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ({"num_experts": 0}, {"num_experts": 8}, "impossible from a dense DiT with a GELU MLP"),
+        ({"num_experts": 0}, {"num_experts": 8, "noise_std": 0.1}, "expected noise_std 0 and num_shared_experts None"),
+        ({"num_experts": 0}, {"num_experts": 8, "num_shared_experts": 2}, "num_shared_experts None, got 0.0 and 2"),
         ({}, {"num_experts": 6}, "got num_experts 6, expected a multiple of 4"),
         ({}, {"num_experts": 8, "top_k": 2}, "got top_k 2, expected 4 for 2 copies"),
         ({"top_k": 1}, {"num_experts": 8, "top_k": 3}, "got top_k 3, expected 1 to 2 for 2 copies"),
@@ -143,6 +144,7 @@ def test_impossible_exactness_is_an_error(source: dict, options: dict, message: 
         ({}, {"num_experts": 3}, "num_experts: got 3, expected at least 4"),
         ({"num_experts": 0}, {"num_experts": 0}, "num_experts: got 0, expected at least 1"),
         ({}, {"num_experts": 8, "num_shared_experts": 3}, "num_shared_experts: got 3, expected 2"),
+        ({"shared_expert": "gelu"}, {"num_experts": 8, "num_shared_experts": 0}, "num_shared_experts: got 0, expected"),
         ({}, {"num_experts": 8, "top_k": 9}, "top_k: got 9"),
         ({}, {"num_experts": 8, "noise_std": -1.0}, "noise_std: got -1.0"),
         ({}, {"num_experts": 8, "router_init_std": math.nan}, "router_init_std: got nan"),
@@ -223,6 +225,89 @@ def test_from_dense_gelu() -> None:
     assert moe.shared_experts.w13.std().item() == pytest.approx(math.sqrt(2 / (64 + 32)), rel=0.05)
     torch.testing.assert_close(bigger.pos_embed, model.pos_embed, rtol=0, atol=0)
     torch.testing.assert_close(bigger.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "options"),
+    [
+        (8, {}),
+        (1, {}),
+        (7, {"top_k": 3, "router_init_std": 1.0}),
+        (4, {"top_k": 4, "router_init_std": 0.0, "rescale": False}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mlp_ratio", [4.0, 2.5])
+def test_exact_from_dense_gelu(num_experts: int, options: dict, mlp_ratio: float) -> None:
+    model = tiny_model(num_experts=0, mlp_ratio=mlp_ratio).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bigger = upcycle(model, num_experts, **options, exact=True)
+    got, expected = outputs(bigger, model)
+    assert (got - expected).abs().max() <= 1e-12
+    assert (bigger.config.num_experts, bigger.config.top_k) == (num_experts, options.get("top_k", min(2, num_experts)))
+    # The comparison can fail: the MLP's biases and the routed experts both matter.
+    for block in bigger.blocks:
+        torch.nn.init.normal_(block.moe.experts.w2)
+    assert relative_error(outputs(bigger)[0], expected) > 1e-3
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.mlp.fc1.bias)
+    assert relative_error(outputs(model)[0], expected) > 1e-3
+    kept = {name.replace(".mlp.fc", ".moe.shared_experts.fc"): value for name, value in before.items()}
+    assert all(torch.equal(value, kept[name]) for name, value in bigger.state_dict().items() if name in kept)
+    assert kept.keys() <= bigger.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_from_dense_gelu_in_other_dtypes(dtype: torch.dtype) -> None:
+    model = tiny_model(num_experts=0).to(dtype)
+    x, t, y = tiny_inputs(dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(upcycle(model, 8, exact=True)(x, t, y), model(x, t, y))
+
+
+@pytest.mark.parametrize("top_k", [2, 8])
+def test_exact_from_dense_gelu_learns_at_once(top_k: int) -> None:
+    """One step moves w2 of every visited expert, and no two alike; the next one moves w13 and the router too."""
+    model = upcycle(tiny_model(num_experts=0), 8, top_k=top_k, exact=True).train()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, t, y = tiny_inputs(batch=8)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        out, aux = model(x, t, y, return_aux=True)
+        out.square().mean().backward()  # without the balance loss, which would move the router at once
+        optimizer.step()
+        return aux.tokens_per_expert
+
+    visited_LE = step() > 0
+    assert (visited_LE.sum(1) >= top_k).all()
+    for i, block in enumerate(model.blocks):
+        experts = block.moe.experts
+        assert not start[f"blocks.{i}.moe.experts.w2"].any()
+        assert experts.w2.flatten(1).any(1).equal(visited_LE[i])
+        assert torch.equal(experts.w13, start[f"blocks.{i}.moe.experts.w13"])
+        assert len(torch.unique(experts.w13, dim=0)) == 8
+        moved = experts.w2[visited_LE[i]]
+        assert len(torch.unique(moved, dim=0)) == len(moved)
+    step()
+    for i, block in enumerate(model.blocks):
+        for name in ("experts.w13", "gate.weight", "shared_experts.fc1.weight"):
+            assert not torch.equal(block.moe.get_parameter(name), start[f"blocks.{i}.moe.{name}"]), name
+
+
+def test_exact_from_dense_gelu_draws_w13_as_a_new_model_does() -> None:
+    bigger = upcycle(tiny_model(num_experts=0, hidden_size=64), 8, exact=True)
+    for w13 in bigger.blocks[0].moe.experts.w13:
+        assert w13.std().item() == pytest.approx(math.sqrt(2 / (256 + 64)), rel=0.05)
+        assert w13.abs().max() <= math.sqrt(6 / (256 + 64))
+
+
+def test_gelu_shared_expert_is_kept_by_further_upcycling() -> None:
+    model = tiny_model(num_experts=4, top_k=2, shared_expert="gelu").double()
+    bigger = upcycle(model, 8, exact=True, noise_std=0.5)
+    got, expected = outputs(bigger, model)
+    assert bigger.config.shared_expert == "gelu" and relative_error(got, expected) < 1e-12
 
 
 def test_gelu_constants_are_the_best_fit_and_their_error_is_as_told() -> None:
