@@ -39,6 +39,7 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
     w13 = torch.randn(experts, 2 * hidden, width, device="cuda", dtype=dtype, requires_grad=True)
     w2 = torch.randn(experts, width, hidden, device="cuda", dtype=dtype, requires_grad=True)
     weights, ids, probs = topk_softmax(router_logits(x, gate, backend="triton"), top_k, backend="triton")
+    ids = ids.clone()  # the softmax keeps its own for the backward
     ids.view(-1)[::3] = -1
     plan = make_routing_plan(ids, experts, tile_rows=tile_rows, backend="triton")
     fused = expert_ffn(x, w13, w2, weights, plan, backend="triton")
