@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def _lines(panel: Axes, rows: list[Row], y_of: Callable[[Row], float | None]) ->
             markersize=5,
             linewidth=1.4,
             label=label,
+            zorder=_depth(provider),
         )
     ticks = sorted({row.tokens for row in rows if row.tokens})
     panel.set_xscale("log", base=2)
@@ -199,30 +201,31 @@ def _latency(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
 
 
 def _model_memory(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
-    """Peak memory of whole models by batch, one panel for each case."""
+    """Peak memory of whole models by batch: a column for each model, a row for each resolution."""
     rows = [row for row in rows if row.peak_mib and row.batch and row.timer == "eager"]
-    cases = _distinct(row.case for row in rows)[:6]
+    names, sides = _distinct(row.case.partition("@")[0] for row in rows), sorted({_pixels(row) for row in rows})
     if not rows:
         return None
-    figure = Figure(figsize=(4.4 * len(cases) + 3.0, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(cases), squeeze=False)[0]
-    for panel, case in zip(axes, cases, strict=True):
-        chosen = [row for row in rows if row.case == case]
+    figure = Figure(figsize=(4.0 * len(names) + 3.2, 3.4 * len(sides) + 0.8), layout="constrained")
+    axes = figure.subplots(len(sides), len(names), squeeze=False)
+    for panel, (side, name) in zip(axes.flat, product(sides, names), strict=True):
+        chosen = [row for row in rows if row.case.partition("@")[0] == name and _pixels(row) == side]
         batches = sorted({row.batch or 0 for row in chosen})
         for provider in sorted({row.provider for row in chosen}, key=_order):
             label, colour, marker = _style(provider)
-            points = sorted(
-                (row.batch or 0, (row.peak_mib or 0.0) / 1024) for row in chosen if row.provider == provider
+            own = [row for row in chosen if row.provider == provider]
+            points = sorted((row.batch or 0, (row.peak_mib or 0.0) / 1024) for row in own)
+            panel.plot(
+                *zip(*points, strict=True), "-", color=colour, marker=marker, label=label, zorder=_depth(provider)
             )
-            panel.plot(*zip(*points, strict=True), "-", color=colour, marker=marker, label=label)
         panel.set_xscale("log", base=2)
         panel.set_xticks(batches, [str(batch) for batch in batches])
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
-        panel.set_title(case, fontsize=10)
+        panel.set_title(f"{name}, {side} × {side} pixels", fontsize=10)
         panel.set_xlabel("batch (images)")
         panel.set_ylabel("peak memory (GiB)")
-    return _finish(figure, "One denoising forward: peak memory, parameters included", runs, list(axes))
+    return _finish(figure, "One denoising forward: peak memory, parameters included", runs, list(axes.flat))
 
 
 def _roofline(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
@@ -255,6 +258,7 @@ def _roofline(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
                 edgecolors=None if marker in _UNFILLED else colour,
                 s=34,
                 label=label,
+                zorder=_depth(provider),
             )
     panel.set_xscale("log")
     panel.set_yscale("log")
@@ -308,6 +312,11 @@ def _style(provider: str) -> tuple[str, str, str]:
 
 def _order(provider: str) -> int:
     return list(STYLES).index(provider) if provider in STYLES else len(STYLES)
+
+
+def _depth(provider: str) -> float:
+    """This library's lines lie on top."""
+    return 3.0 if provider.startswith("ours") else 2.0
 
 
 def _distinct(values: Iterable[str]) -> list[str]:
