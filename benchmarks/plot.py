@@ -176,7 +176,13 @@ def _latency(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
                 own = [row for row in chosen if row.provider == provider]
                 points = sorted((_gflops_per_image(row), (row.median_ms or 0.0) / batch, row.case) for row in own)
                 panel.plot(
-                    [p[0] for p in points], [p[1] for p in points], "-", color=colour, marker=marker, label=label
+                    [p[0] for p in points],
+                    [p[1] for p in points],
+                    "-",
+                    color=colour,
+                    marker=marker,
+                    label=label,
+                    zorder=_depth(provider),
                 )
                 if provider.startswith(("ours", "dense-same")):
                     for flops, time, case in points:
