@@ -57,19 +57,21 @@ def demo_plan(device: torch.device, data: ImageDataset, seed: int = 0) -> DemoPl
         seed: of weights, training and samples.
     """
     if device.type == "cuda":
-        model = dict(hidden_size=256, depth=6, num_heads=4, num_experts=8, num_shared_experts=1, qk_norm=True)
+        model: dict[str, int | float | bool] = dict(
+            hidden_size=256, depth=6, num_heads=4, mlp_ratio=4.0, num_experts=8, num_shared_experts=1, qk_norm=True
+        )  # fmt: skip
         training = TrainingSettings(
             steps=1500, batch_size=256, learning_rate=2e-3, warmup_steps=100, schedule="cosine", beta2=0.99,
             ema_decay=0.995, dtype="bf16", seed=seed,
         )  # fmt: skip
-        return DemoPlan(4 if data.image_size >= 28 else 1, {**model, "mlp_ratio": 4.0}, training, sampling_steps=50)
-    # Large patches make few tokens: a CPU step is short, and a minute holds enough of them.
-    model = dict(hidden_size=128, depth=3, num_heads=4, num_experts=4, num_shared_experts=1)
+        return DemoPlan(4 if data.image_size >= 28 else 1, model, training, sampling_steps=50)
+    # Large patches and small batches make short steps: at this size their number counts more than that of the images.
+    model = dict(hidden_size=128, depth=3, num_heads=4, mlp_ratio=2.0, num_experts=4, num_shared_experts=1)
     training = TrainingSettings(
-        steps=1000, batch_size=64, learning_rate=8e-3, warmup_steps=30, schedule="cosine", beta2=0.99,
-        ema_decay=0.99, seed=seed,
+        steps=2000, batch_size=32, learning_rate=6e-3, warmup_steps=30, schedule="cosine", beta2=0.99,
+        ema_decay=0.995, seed=seed,
     )  # fmt: skip
-    return DemoPlan(7 if data.image_size >= 28 else 2, {**model, "mlp_ratio": 2.0}, training)
+    return DemoPlan(7 if data.image_size >= 28 else 2, model, training)
 
 
 def demo_data() -> ImageDataset:

@@ -27,7 +27,8 @@ class BatchOrder:
             raise ValueError(f"batch_size: got {batch_size}, expected 1 to the number of images, {num_images}")
         if seed < 0:
             raise ValueError(f"seed: got {seed}, expected 0 or more")
-        self.num_images, self.batch_size, self.seed, self.device = num_images, batch_size, seed, device
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.device = torch.device(device)
         self.steps_per_epoch = num_images // batch_size
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
@@ -37,6 +38,9 @@ class BatchOrder:
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             shuffle = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-            self._order = torch.from_numpy(shuffle).to(self.device)
+            order = torch.from_numpy(shuffle)
+            if self.device.type == "cuda":
+                order = order.pin_memory()  # a copy from other memory would wait for the GPU
+            self._order = order.to(self.device, non_blocking=True)
             self._epoch = epoch
         return self._order[position * self.batch_size : (position + 1) * self.batch_size]

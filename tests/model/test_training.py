@@ -280,7 +280,7 @@ def test_step_does_not_wait_for_the_gpu() -> None:
         run.train_step()  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(2):
+            for _ in range(5):  # past the end of an epoch
                 run.train_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
