@@ -25,12 +25,15 @@ class TimingOptions:
     Args:
         rounds: samples of each candidate.
         batch_ms: wanted length of one sample.
+        min_calls: fewest calls in one sample; with one, the host's time to launch it would stand in every large figure,
+            though in a running program it hides behind the GPU's work on the call before.
         max_calls: most calls in one sample.
         warmup_ms: matrix products before the first sample, which bring the GPU to its working temperature and clock.
     """
 
     rounds: int = 15
     batch_ms: float = 5.0
+    min_calls: int = 4
     max_calls: int = 50
     warmup_ms: float = 1500.0
 
@@ -237,7 +240,8 @@ def time_round_robin(clock: Clock, entries: Sequence[Timed], options: TimingOpti
         for _ in range(2):
             entry.take(clock)
         estimate = min(entry.times_ms, default=1.0) * entry.calls_per_unit
-        wanted = max(1, min(round(options.batch_ms / max(estimate, 1e-4)), options.max_calls))
+        wanted = round(options.batch_ms / max(estimate, 1e-4))
+        wanted = min(max(wanted, options.min_calls), options.max_calls)
         entry.count = -(-wanted // len(entry.calls)) * len(entry.calls)  # each copy of the inputs equally often
         entry.times_ms.clear()
     for round_index in range(options.rounds):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import configs
@@ -81,7 +80,7 @@ def expert_ffn_backward(
     grad_rows = permute.permute(grad, row_to_slot, top_k)
     dh = torch.empty_like(h)
     weighted_a = x.new_empty(num_rows, width)
-    dots = x.new_empty(num_rows, triton.cdiv(width, config.block_n), dtype=torch.float32)
+    dots = x.new_empty(num_rows, common.cdiv(width, config.block_n), dtype=torch.float32)
     grouped_gemm.launch(
         grad_rows,
         w2,

@@ -236,7 +236,7 @@ def launch(
     tma_w = config.use_tma and common.supports_tma(w)
     tma_a = config.use_tma and not gather and common.supports_tma(a)
     num_experts = offsets.shape[0] - 1
-    total = num_tiles_m * triton.cdiv(width, config.block_n // 2 if epilogue == "swiglu" else config.block_n)
+    total = num_tiles_m * common.cdiv(width, config.block_n // 2 if epilogue == "swiglu" else config.block_n)
     _grouped_gemm_kernel[(min(total, common.num_sms(index)) if config.persistent else total,)](
         common.TensorDescriptor.from_tensor(a, [tile_rows, config.block_k]) if tma_a else a,
         _describe_weight(w, epilogue, w_is_kn, config) if tma_w else w,
@@ -253,7 +253,7 @@ def launch(
         width,
         k,
         NUM_EXPERTS=num_experts,
-        EXPERTS_POW2=triton.next_power_of_2(num_experts),
+        EXPERTS_POW2=common.next_power_of_2(num_experts),
         TOP_K=top_k,
         GATHER=gather,
         W_IS_KN=w_is_kn,

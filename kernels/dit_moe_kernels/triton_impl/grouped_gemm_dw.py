@@ -80,7 +80,7 @@ def grouped_gemm_dw(grad: Tensor, x: Tensor, offsets: Tensor, config: configs.Ge
         return dw
     config = config or configs.dw_config(grad.dtype, common.capability(common.device_index(grad)))
     use_tma = config.use_tma and grad.shape[0] > 0 and common.supports_tma(grad, x)
-    tiles = triton.cdiv(width_o, config.block_m) * triton.cdiv(width_i, config.block_n)
+    tiles = common.cdiv(width_o, config.block_m) * common.cdiv(width_i, config.block_n)
     _grouped_gemm_dw_kernel[(num_experts * tiles,)](
         grad,
         x,

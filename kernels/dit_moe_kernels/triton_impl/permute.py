@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import common
+
 # Tile of the copies: 16-byte accesses along a row, and no idle lanes for widths that are multiples of 128.
 _BLOCK_R, _BLOCK_C = 16, 128
 _BLOCK_D = 1024  # columns that the reduction over a row takes at a time
@@ -114,7 +116,7 @@ def permute(x: Tensor, row_to_slot: Tensor, top_k: int) -> Tensor:
     num_rows, width = row_to_slot.shape[0], x.shape[1]
     out = x.new_empty(num_rows, width)
     if out.numel():
-        grid = (triton.cdiv(num_rows, _BLOCK_R), triton.cdiv(width, _BLOCK_C))
+        grid = (common.cdiv(num_rows, _BLOCK_R), common.cdiv(width, _BLOCK_C))
         _permute_kernel[grid](x, out, row_to_slot, num_rows, width, TOP_K=top_k, BLOCK_R=_BLOCK_R, BLOCK_C=_BLOCK_C)
     return out
 
@@ -124,7 +126,7 @@ def unpermute(y: Tensor, topk_weights: Tensor | None, slot_to_row: Tensor, top_k
     num_tokens, width = slot_to_row.shape[0] // top_k, y.shape[1]
     out = y.new_empty(num_tokens, width)
     if out.numel():
-        grid = (triton.cdiv(num_tokens, _BLOCK_R), triton.cdiv(width, _BLOCK_C))
+        grid = (common.cdiv(num_tokens, _BLOCK_R), common.cdiv(width, _BLOCK_C))
         _unpermute_kernel[grid](
             y,
             topk_weights,
@@ -165,7 +167,7 @@ def sum_row_partials(partials: Tensor, slot_to_row: Tensor) -> Tensor:
     out = partials.new_empty(num_slots)
     if num_slots:
         block = 32
-        _sum_row_partials_kernel[(triton.cdiv(num_slots, block),)](
-            partials, out, slot_to_row, num_slots, width, BLOCK_N=block, BLOCK_P=triton.next_power_of_2(max(width, 1))
+        _sum_row_partials_kernel[(common.cdiv(num_slots, block),)](
+            partials, out, slot_to_row, num_slots, width, BLOCK_N=block, BLOCK_P=common.next_power_of_2(max(width, 1))
         )
     return out

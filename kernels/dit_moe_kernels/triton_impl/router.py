@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import common
 from .dot import _dot_accumulate
 
 _BLOCK_T = 32  # tokens of a program
@@ -111,7 +112,7 @@ def router_logits(x: Tensor, gate: Tensor) -> Tensor:
     num_tokens, num_experts = x.shape[0], gate.shape[0]
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
     if logits.numel():
-        _router_logits_kernel[(triton.cdiv(num_tokens, _BLOCK_T),)](
+        _router_logits_kernel[(common.cdiv(num_tokens, _BLOCK_T),)](
             x,
             gate,
             logits,
@@ -119,7 +120,7 @@ def router_logits(x: Tensor, gate: Tensor) -> Tensor:
             x.shape[1],
             NUM_EXPERTS=num_experts,
             BLOCK_T=_BLOCK_T,
-            BLOCK_E=max(16, triton.next_power_of_2(num_experts)),
+            BLOCK_E=max(16, common.next_power_of_2(num_experts)),
             BLOCK_D=64,
             # Whatever torch.set_float32_matmul_precision says, since a rounded score can change a choice. Three tf32
             # products keep fp32's digits at the tensor cores' speed.
@@ -136,7 +137,7 @@ def topk_softmax(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = logits.new_empty(num_tokens, top_k, dtype=torch.int32)
     probs = torch.empty_like(logits)
     if num_tokens:
-        _topk_softmax_kernel[(triton.cdiv(num_tokens, _BLOCK_T),)](
+        _topk_softmax_kernel[(common.cdiv(num_tokens, _BLOCK_T),)](
             logits,
             weights,
             ids,
@@ -145,7 +146,7 @@ def topk_softmax(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
             NUM_EXPERTS=num_experts,
             TOP_K=top_k,
             BLOCK_T=_BLOCK_T,
-            BLOCK_E=triton.next_power_of_2(num_experts),
+            BLOCK_E=common.next_power_of_2(num_experts),
         )
     return weights, ids, probs
 
@@ -155,7 +156,7 @@ def topk_softmax_backward(dweights: Tensor | None, dprobs: Tensor | None, ids: T
     num_tokens, num_experts = probs.shape
     dlogits = torch.empty_like(probs)
     if num_tokens:
-        _topk_softmax_backward_kernel[(triton.cdiv(num_tokens, _BLOCK_T),)](
+        _topk_softmax_backward_kernel[(common.cdiv(num_tokens, _BLOCK_T),)](
             None if dweights is None else dweights.contiguous(),
             None if dprobs is None else dprobs.contiguous(),
             ids,
@@ -167,6 +168,6 @@ def topk_softmax_backward(dweights: Tensor | None, dprobs: Tensor | None, ids: T
             HAS_DWEIGHTS=dweights is not None,
             HAS_DPROBS=dprobs is not None,
             BLOCK_T=_BLOCK_T,
-            BLOCK_E=triton.next_power_of_2(num_experts),
+            BLOCK_E=common.next_power_of_2(num_experts),
         )
     return dlogits

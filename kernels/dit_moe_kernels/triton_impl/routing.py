@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import max_tiles
+from . import common
 
 _SCAN_BLOCKS = 64  # blocks of slots that the scan reads at a time
 _TILE_BLOCK = 256  # schedule entries that the scan writes at a time
@@ -126,9 +127,9 @@ def routing_plan(topk_ids: Tensor, num_experts: int, tile_rows: int) -> tuple[Te
     """topk_ids (T, K) -> tokens_per_expert, expert_offsets, row_to_slot, slot_to_row, tile_expert, tile_row."""
     num_slots, device = topk_ids.numel(), topk_ids.device
     topk_ids = topk_ids.contiguous()
-    experts_pow2 = triton.next_power_of_2(num_experts)
+    experts_pow2 = common.next_power_of_2(num_experts)
     block = max(32, min(1024, 16384 // experts_pow2))
-    num_blocks = triton.cdiv(num_slots, block)
+    num_blocks = common.cdiv(num_slots, block)
     num_tiles = max_tiles(num_slots, num_experts, tile_rows)
 
     sizes = (num_experts, num_experts + 1, num_slots, num_slots, num_tiles, num_tiles)

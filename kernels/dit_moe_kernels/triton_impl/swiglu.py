@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import common
+
 _BLOCK_F = 1024  # columns of a program
 
 
@@ -52,7 +54,7 @@ def swiglu(h: Tensor) -> Tensor:
     num_rows, width = h.shape[0], h.shape[1] // 2
     out = h.new_empty(num_rows, width)
     if out.numel():
-        _swiglu_kernel[(num_rows, triton.cdiv(width, _BLOCK_F))](h, out, width, BLOCK_F=_BLOCK_F)
+        _swiglu_kernel[(num_rows, common.cdiv(width, _BLOCK_F))](h, out, width, BLOCK_F=_BLOCK_F)
     return out
 
 
@@ -61,5 +63,5 @@ def swiglu_backward(grad: Tensor, h: Tensor) -> Tensor:
     num_rows, width = grad.shape
     dh = torch.empty_like(h)
     if dh.numel():
-        _swiglu_backward_kernel[(num_rows, triton.cdiv(width, _BLOCK_F))](grad, h, dh, width, BLOCK_F=_BLOCK_F)
+        _swiglu_backward_kernel[(num_rows, common.cdiv(width, _BLOCK_F))](grad, h, dh, width, BLOCK_F=_BLOCK_F)
     return dh
