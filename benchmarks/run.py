@@ -20,7 +20,7 @@ from .suites.base import DTYPES
 from .timing import TimingOptions, measure_peaks
 
 _ALIASES = {"bwd": "fwd_bwd"}
-_TINY_TIMING = TimingOptions(rounds=3, batch_ms=1.0, max_calls=2, warmup_ms=0.0)
+_TINY_TIMING = TimingOptions(rounds=3, batch_ms=1.0, min_calls=1, max_calls=2, warmup_ms=0.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

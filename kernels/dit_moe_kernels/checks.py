@@ -52,6 +52,7 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a product with this tensor runs: autocast's where autocast is on, else the tensor's own."""
-    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(tensor.device.type)
+    device = tensor.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return tensor.dtype

@@ -89,10 +89,12 @@ class ScriptedClock(CpuClock):
 def test_rounds_interleave_and_rotate() -> None:
     clock = ScriptedClock()
     entries = [Timed([lambda: "a"], 1), Timed([lambda: "b"] * 3, 1)]
-    time_round_robin(clock, entries, TimingOptions(rounds=4, batch_ms=2.0, max_calls=10))
+    time_round_robin(clock, entries, TimingOptions(rounds=4, batch_ms=2.0, min_calls=1, max_calls=10))
     assert "".join(clock.order[4:]) == "abbaabba"
     assert [entry.count for entry in entries] == [2, 3]  # 2 ms of 1 ms calls; one call of each copy of the inputs
     assert [len(entry.times_ms) for entry in entries] == [4, 4]
+    time_round_robin(clock, entries, TimingOptions(rounds=1, batch_ms=0.1, min_calls=4))
+    assert [entry.count for entry in entries] == [4, 6]  # a long call is not timed alone
 
 
 def test_samples() -> None:

@@ -301,3 +301,10 @@ def test_memory_saved_for_backward(target, unpoisoned):
     kept = torch.cuda.memory_allocated() - before
     rows = case.tokens * case.top_k
     assert kept <= out.numel() * 2 + rows * 2 * case.hidden * 2 + 2**20
+
+
+def test_meta_tensors_get_shapes_without_data() -> None:
+    x, w13, w2 = (torch.empty(*size, device="meta") for size in ((6, 16), (4, 24, 16), (4, 16, 12)))
+    weights, ids, _ = topk_softmax(router_logits(x, torch.empty(4, 16, device="meta")), 2)
+    out = expert_ffn(x, w13, w2, weights, make_routing_plan(ids, 4, validate=False))
+    assert out.shape == (6, 16) and out.device.type == "meta"
