@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from benchmarks import official_checkpoint
 from dit_moe import flops, model_config
 
