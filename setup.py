@@ -6,7 +6,8 @@ error fails the build. PyTorch is not needed, a GPU is not needed, and nothing i
 Environment:
     DIT_MOE_SKIP_CUDA=1      install without the extension even where nvcc is found.
     DIT_MOE_REQUIRE_CUDA=1   make a missing nvcc an error.
-    DIT_MOE_CUDA_ARCHS       GPU architectures, separated by ";" (default "80;90"); PTX of the newest is added.
+    DIT_MOE_CUDA_ARCHS       GPU architectures, separated by ";" (default "80;90"); PTX of the newest is added. 90 (or
+                             90a) also compiles the grouped products, which exist for sm_90a alone.
     MAX_JOBS                 upper bound on parallel nvcc processes.
 """
 
@@ -27,7 +28,7 @@ from setuptools.errors import CompileError, PlatformError
 
 CSRC = "csrc"
 SOURCES = ("permute.cu", "unpermute.cu", "python_module.cpp")
-HEADERS = ("common.cuh", "include/launch.h")
+SM90A_SOURCES = ("sm90/grouped_gemm.cu", "sm90/grouped_gemm_dx.cu", "sm90/grouped_swiglu.cu")
 DEFAULT_ARCHS = "80;90"
 MEMORY_PER_JOB = 2 << 30  # bytes; one nvcc process stays below this
 NVCC_FLAGS = (
@@ -72,6 +73,11 @@ def gencode_flags(archs: list[str]) -> tuple[list[str], str]:
     return flags, " ".join(described)
 
 
+def for_hopper(archs: list[str]) -> bool:
+    """Whether the sources that need sm_90a are part of the build."""
+    return "90" in archs or "90a" in archs
+
+
 def max_jobs(num_sources: int) -> int:
     """Parallel nvcc processes: no more than sources, processors, MAX_JOBS and what memory allows."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -90,12 +96,20 @@ class BuildCuda(build_ext):
         objects_dir = Path(self.build_temp)
         for folder in (output.parent, objects_dir):
             folder.mkdir(parents=True, exist_ok=True)
-        gencode, archs = gencode_flags(parse_archs(os.environ.get("DIT_MOE_CUDA_ARCHS") or DEFAULT_ARCHS))
-        common = [nvcc, *NVCC_FLAGS, *gencode, *(f"-I{folder}" for folder in ext.include_dirs)]
-        objects = [str(objects_dir / f"{Path(source).stem}.o") for source in ext.sources]
+        archs = parse_archs(os.environ.get("DIT_MOE_CUDA_ARCHS") or DEFAULT_ARCHS)
+        gencode, described = gencode_flags(archs)
+        sm90a: dict[str, list[str]] = {}
+        if for_hopper(archs):
+            flags, name = gencode_flags(["90a"])
+            sm90a = {f"{CSRC}/{source}": flags for source in SM90A_SOURCES}
+            described = " ".join(dict.fromkeys([*described.split(), name]))
+        defines = [f'-DDIT_MOE_BUILD_ARCHS="{described}"', f"-DDIT_MOE_SM90A={bool(sm90a):d}"]
+        common = [nvcc, *NVCC_FLAGS, *defines, *(f"-I{folder}" for folder in ext.include_dirs)]
+        sources = [*sm90a, *ext.sources]  # the long compiles first, so that none is left for the end
+        objects = [str(objects_dir / f"{Path(source).stem}.o") for source in sources]
         compiles = [
-            [*common, f'-DDIT_MOE_BUILD_ARCHS="{archs}"', "-c", source, "-o", target]
-            for source, target in zip(ext.sources, objects, strict=True)
+            [*common, *sm90a.get(source, gencode), "-c", source, "-o", target]
+            for source, target in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(max_jobs(len(compiles))) as pool:
             list(pool.map(self._run, compiles))
@@ -129,7 +143,7 @@ def cuda_extensions() -> list[Extension]:
         Extension(
             "dit_moe_kernels._C",
             sources=[f"{CSRC}/{name}" for name in SOURCES],
-            depends=[f"{CSRC}/{name}" for name in HEADERS],
+            depends=[str(path) for path in sorted(Path(CSRC).rglob("*")) if path.is_file()],
             include_dirs=[f"{CSRC}/include", pybind11.get_include(), *python_include_dirs()],
         )
     ]

@@ -46,6 +46,28 @@ void unpermute_backward(Address dout, Address y, Address weights, Address row_to
                                    stream_handle(stream)));
 }
 
+#if DIT_MOE_SM90A
+void grouped_gemm(Address x, Address w, Address expert_offsets, Address out, int64_t num_rows, int64_t depth,
+                  int64_t width, int64_t num_experts, DitMoeDtype dtype, Address stream) {
+  check("grouped_gemm", dit_moe_grouped_gemm(pointer(x), pointer(w), pointer<int32_t>(expert_offsets), pointer(out),
+                                             num_rows, depth, width, num_experts, dtype, stream_handle(stream)));
+}
+
+void grouped_gemm_dx(Address grad, Address w, Address expert_offsets, Address dx, int64_t num_rows, int64_t depth,
+                     int64_t width, int64_t num_experts, DitMoeDtype dtype, Address stream) {
+  check("grouped_gemm_dx",
+        dit_moe_grouped_gemm_dx(pointer(grad), pointer(w), pointer<int32_t>(expert_offsets), pointer(dx), num_rows,
+                                depth, width, num_experts, dtype, stream_handle(stream)));
+}
+
+void grouped_swiglu(Address x, Address w13, Address expert_offsets, Address out, Address h, int64_t num_rows,
+                    int64_t depth, int64_t width, int64_t num_experts, DitMoeDtype dtype, Address stream) {
+  check("grouped_swiglu",
+        dit_moe_grouped_swiglu(pointer(x), pointer(w13), pointer<int32_t>(expert_offsets), pointer(out), pointer(h),
+                               num_rows, depth, width, num_experts, dtype, stream_handle(stream)));
+}
+#endif
+
 py::dict build_info() {
   py::dict info;
   info["cuda_version"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
@@ -71,5 +93,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("unpermute_backward", &unpermute_backward, Unlocked(), py::arg("dout"), py::arg("y"), py::arg("weights"),
              py::arg("row_to_slot"), py::arg("dy"), py::arg("dweights"), py::arg("num_rows"), py::arg("width"),
              py::arg("top_k"), py::arg("dtype"), py::arg("stream"));
+#if DIT_MOE_SM90A
+  module.def("grouped_gemm", &grouped_gemm, Unlocked(), py::arg("x"), py::arg("w"), py::arg("expert_offsets"),
+             py::arg("out"), py::arg("num_rows"), py::arg("depth"), py::arg("width"), py::arg("num_experts"),
+             py::arg("dtype"), py::arg("stream"));
+  module.def("grouped_gemm_dx", &grouped_gemm_dx, Unlocked(), py::arg("grad"), py::arg("w"), py::arg("expert_offsets"),
+             py::arg("dx"), py::arg("num_rows"), py::arg("depth"), py::arg("width"), py::arg("num_experts"),
+             py::arg("dtype"), py::arg("stream"));
+  module.def("grouped_swiglu", &grouped_swiglu, Unlocked(), py::arg("x"), py::arg("w13"), py::arg("expert_offsets"),
+             py::arg("out"), py::arg("h"), py::arg("num_rows"), py::arg("depth"), py::arg("width"),
+             py::arg("num_experts"), py::arg("dtype"), py::arg("stream"));
+#endif
   module.def("build_info", &build_info, "CUDA version and GPU architectures that this module was compiled for.");
 }

@@ -41,6 +41,31 @@ cudaError_t dit_moe_unpermute_backward(const void* dout, const void* y, const fl
                                        const int32_t* row_to_slot, void* dy, float* dweights, int64_t num_rows,
                                        int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
 
+// ---- grouped products: for Hopper GPUs (sm_90a) only, in fp16 and bf16
+//
+// E experts' rows lie behind one another: expert e owns the rows expert_offsets[e] to expert_offsets[e + 1] - 1. Rows
+// from expert_offsets[E] on are neither used nor written. Widths are multiples of 8 and above 0, and pointers of 16
+// bytes; otherwise, too, the answer is cudaErrorInvalidValue. Sums are in fp32.
+
+// out[r] = w[e] x[r].
+//   x (N, I) dtype, w (E, O, I) dtype, expert_offsets (E + 1,) int32 -> out (N, O) dtype; depth is I, width O
+cudaError_t dit_moe_grouped_gemm(const void* x, const void* w, const int32_t* expert_offsets, void* out,
+                                 int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts, DitMoeDtype dtype,
+                                 cudaStream_t stream);
+
+// dx[r] = grad[r] w[e], the gradient of dit_moe_grouped_gemm for its rows.
+//   grad (N, O) dtype, w (E, O, I) dtype, expert_offsets (E + 1,) int32 -> dx (N, I) dtype; depth is O, width I
+cudaError_t dit_moe_grouped_gemm_dx(const void* grad, const void* w, const int32_t* expert_offsets, void* dx,
+                                    int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts,
+                                    DitMoeDtype dtype, cudaStream_t stream);
+
+// h[r] = w13[e] x[r], rounded to dtype, and out[r] = silu(h[r][:F]) * h[r][F:]. h may be NULL, which means not stored.
+//   x (N, D) dtype, w13 (E, 2F, D) dtype, expert_offsets (E + 1,) int32 -> out (N, F) dtype, h (N, 2F) dtype;
+//   depth is D, width F
+cudaError_t dit_moe_grouped_swiglu(const void* x, const void* w13, const int32_t* expert_offsets, void* out, void* h,
+                                   int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts,
+                                   DitMoeDtype dtype, cudaStream_t stream);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif

@@ -27,4 +27,43 @@ def unpermute_backward(
     dtype: int,
     stream: int,
 ) -> None: ...
+
+# The grouped products are there only if build_info()["archs"] has sm_90a.
+def grouped_gemm(
+    x: int,
+    w: int,
+    expert_offsets: int,
+    out: int,
+    num_rows: int,
+    depth: int,
+    width: int,
+    num_experts: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def grouped_gemm_dx(
+    grad: int,
+    w: int,
+    expert_offsets: int,
+    dx: int,
+    num_rows: int,
+    depth: int,
+    width: int,
+    num_experts: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def grouped_swiglu(
+    x: int,
+    w13: int,
+    expert_offsets: int,
+    out: int,
+    h: int,
+    num_rows: int,
+    depth: int,
+    width: int,
+    num_experts: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
 def build_info() -> dict[str, str]: ...

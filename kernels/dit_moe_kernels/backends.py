@@ -24,10 +24,11 @@ _PREFERENCE = {
     "router": ("triton", "reference"),
     "routing": ("triton", "reference"),
     "permute": ("cuda", "triton", "reference"),
-    "grouped_gemm": ("triton", "reference"),
+    "grouped_gemm": ("cuda", "triton", "reference"),
     "swiglu": ("triton", "reference"),
-    "expert_ffn": ("triton", "reference"),
+    "expert_ffn": ("cuda", "triton", "reference"),
 }
+_PRODUCTS = ("grouped_gemm", "expert_ffn")  # families whose CUDA kernels ask for more than the others'
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()  # .backend: what use_backend() set on this thread
 
@@ -79,14 +80,24 @@ def cuda_build_info() -> dict[str, str] | None:
     return cuda_impl.extension().build_info() if cuda_impl.import_error() is None else None
 
 
-def resolve(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
+def resolve(
+    backend: str,
+    family: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    whole_chunks: bool = True,
+    training: bool = False,
+) -> str:
     """Turn a requested backend into the one that runs.
 
     Args:
         backend: the caller's argument; "auto" yields to `use_backend`, then DIT_MOE_BACKEND, then the best there is.
         family: the op family, a key of the preference table.
-        device: type of the device of the inputs.
-        dtype: dtype of the inputs.
+        device: of the inputs; a type of device does where kernels run on every GPU.
+        dtype: of the inputs.
+        whole_chunks: of the products' widths, what `whole_chunks` says.
+        training: whether a gradient may be asked for.
 
     Raises:
         ValueError: the name is unknown.
@@ -94,18 +105,25 @@ def resolve(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
     """
     if backend == "auto":
         backend = getattr(_local, "backend", None) or "auto"
-    return _settle(backend, family, device, dtype)
+    return _settle(backend, family, device, dtype, whole_chunks, training)
 
 
-def _settle(backend: str, family: str, device: str, dtype: torch.dtype) -> str:
+def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether rows of these widths are whole multiples of 16 bytes, and not empty."""
+    return all(width > 0 and width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def _settle(
+    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool
+) -> str:
     if backend == "auto":
         backend = os.environ.get(ENV_BACKEND, "auto")
         _check_name(backend, f"environment variable {ENV_BACKEND}")
     else:
         _check_name(backend, "backend")
     if backend == "auto":
-        return _choose(family, device, dtype)
-    reason = _reason_against(backend, family, device, dtype)
+        return _choose(family, device, dtype, whole_chunks, training)
+    reason = _reason_against(backend, family, device, dtype, whole_chunks, training)
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend!r} cannot run {family}: {reason}")
     return backend
@@ -117,14 +135,15 @@ _settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(family: str, device: str, dtype: torch.dtype) -> str:
+def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool) -> str:
     """The first backend of the preference list that can run; says once what was chosen and why."""
     rejected: list[str] = []
     for candidate in _PREFERENCE[family]:
-        reason = _reason_against(candidate, family, device, dtype)
+        reason = _reason_against(candidate, family, device, dtype, whole_chunks, training)
         if reason is None:
             why = "; ".join(rejected) or "first choice"
-            level = logging.WARNING if candidate == "reference" and device == "cuda" else logging.INFO
+            on_gpu = torch.device(device).type == "cuda"
+            level = logging.WARNING if candidate == "reference" and on_gpu else logging.INFO
             logger.log(level, "%s on %s (%s): backend %s (%s)", family, device, dtype, candidate, why)
             return candidate
         rejected.append(f"not {candidate}: {reason}")
@@ -132,12 +151,21 @@ def _choose(family: str, device: str, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _reason_against(backend: str, family: str, device: str, dtype: torch.dtype) -> str | None:
+def _reason_against(
+    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool
+) -> str | None:
     if backend not in _PREFERENCE[family]:
         return f"it implements only {sorted(f for f, names in _PREFERENCE.items() if backend in names)}"
     if backend != "reference" and dtype not in _KERNEL_DTYPES:
         return f"got {dtype}, expected one of {_KERNEL_DTYPES}"
-    return availability(backend, device)
+    reason = availability(backend, torch.device(device).type)
+    if reason is None and backend == "cuda" and family in _PRODUCTS:
+        if training:
+            return "a gradient may be asked for, which it does not compute"
+        from .cuda_impl import grouped_gemm
+
+        return grouped_gemm.unsupported(torch.device(device), dtype, whole_chunks)
+    return reason
 
 
 def _check_name(name: str, where: str) -> None:

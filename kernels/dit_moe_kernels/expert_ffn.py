@@ -30,7 +30,7 @@ def expert_ffn(
         w2: (E, D, F) float.
         topk_weights: (T, K) fp32 (fp64 where x is).
         plan: routing of these T tokens to these E experts.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cuda" (inference on Hopper), "triton" or "reference".
 
     Returns:
         (T, D), in autocast's dtype under autocast, else in x's dtype, which w13 and w2 must share.
@@ -43,10 +43,10 @@ def expert_ffn(
         raise ValueError(f"x: got {x.shape[0]} tokens, expected the plan's {plan.num_rows // plan.top_k}")
     dtype = checks.autocast_dtype(x)
     check_topk_weights(topk_weights, x, plan)
-    name = backends.resolve(backend, "expert_ffn", x.device.type, dtype)
-    tensors = (x.to(dtype), w13.to(dtype), w2.to(dtype), topk_weights)
-    save_h = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return _expert_ffn(*tensors, *plan[1:7], save_h, name)[0]
+    save_h = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w13, w2, topk_weights))
+    fits = backends.whole_chunks(dtype, x.shape[1], w2.shape[2])
+    name = backends.resolve(backend, "expert_ffn", x.device, dtype, whole_chunks=fits, training=save_h)
+    return _expert_ffn(x.to(dtype), w13.to(dtype), w2.to(dtype), topk_weights, *plan[1:7], save_h, name)[0]
 
 
 def check_expert_weights(w13: Tensor, w2: Tensor, x: Tensor) -> None:
@@ -82,6 +82,10 @@ def _forward_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     x, w13, w2, topk_weights = (t.contiguous() for t in (x, w13, w2, topk_weights))
+    if backend == "cuda":
+        from .cuda_impl import expert_ffn as cuda_kernels
+
+        return cuda_kernels.expert_ffn(x, w13, w2, topk_weights, expert_offsets, row_to_slot, slot_to_row, save_h)
     if backend == "triton":
         from .triton_impl import expert_ffn as kernels
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import backends, checks, reference
@@ -18,7 +19,7 @@ def grouped_gemm(x: Tensor, w: Tensor, plan: RoutingPlan, *, backend: str = "aut
         x: (N, I) float, rows sorted by expert as `permute` gives them.
         w: (E, O, I) float, a weight per expert in nn.Linear's layout.
         plan: the routing that ordered the rows.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cuda" (inference on Hopper), "triton" or "reference".
 
     Returns:
         (N, O), in autocast's dtype under autocast, else in x's dtype, which w must share. Rows past the last row in
@@ -31,7 +32,9 @@ def grouped_gemm(x: Tensor, w: Tensor, plan: RoutingPlan, *, backend: str = "aut
     checks.check_shape("x", x, (plan.num_rows, w.shape[2]))
     checks.check_shape("w", w, (plan.num_experts, *w.shape[1:]))
     dtype = checks.autocast_dtype(x)
-    name = backends.resolve(backend, "grouped_gemm", x.device.type, dtype)
+    training = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    fits = backends.whole_chunks(dtype, *w.shape[1:])
+    name = backends.resolve(backend, "grouped_gemm", x.device, dtype, whole_chunks=fits, training=training)
     tiles = (plan.expert_offsets, plan.tile_expert, plan.tile_row, plan.tile_rows)
     return _grouped_gemm(x.to(dtype), w.to(dtype), *tiles, name)
 
@@ -44,6 +47,10 @@ _PLAN_SCHEMA = "Tensor expert_offsets, Tensor tile_expert, Tensor tile_row, int 
 def _forward_impl(
     x: Tensor, w: Tensor, offsets: Tensor, tile_expert: Tensor, tile_row: Tensor, tile_rows: int, backend: str
 ) -> Tensor:
+    if backend == "cuda":
+        from .cuda_impl import grouped_gemm as cuda_kernels
+
+        return cuda_kernels.grouped_gemm(x.contiguous(), w.contiguous(), offsets)
     if backend == "triton":
         from .triton_impl import grouped_gemm as kernels
 
@@ -84,6 +91,10 @@ _grouped_gemm = define_op(
 def _dx_impl(
     grad: Tensor, w: Tensor, offsets: Tensor, tile_expert: Tensor, tile_row: Tensor, tile_rows: int, backend: str
 ) -> Tensor:
+    if backend == "cuda":
+        from .cuda_impl import grouped_gemm as cuda_kernels
+
+        return cuda_kernels.grouped_gemm_dx(grad.contiguous(), w.contiguous(), offsets)
     if backend == "triton":
         from .triton_impl import grouped_gemm as kernels
 

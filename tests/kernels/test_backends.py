@@ -21,11 +21,13 @@ from dit_moe_kernels import (
     use_backend,
 )
 
-from tests.kernels.util import FP32, FP64, INTERPRETED
+from tests.kernels.util import BF16, FP32, FP64, INTERPRETED
 
 
-def resolved(backend: str = "auto", family: str = "swiglu", device: str = "cpu", dtype: torch.dtype = FP32) -> str:
-    return backends.resolve(backend, family, device, dtype)
+def resolved(
+    backend: str = "auto", family: str = "swiglu", device: str = "cpu", dtype: torch.dtype = FP32, **traits: bool
+) -> str:
+    return backends.resolve(backend, family, device, dtype, **traits)
 
 
 def test_the_reference_always_runs():
@@ -134,10 +136,33 @@ def test_auto_says_once_what_it_chose(caplog):
 
 @pytest.mark.gpu
 def test_auto_prefers_kernels_on_a_gpu():
-    for family in ("router", "routing", "grouped_gemm", "swiglu", "expert_ffn"):
+    for family in ("router", "routing", "swiglu"):
         assert resolved(family=family, device="cuda") == "triton"
     expected = "cuda" if availability("cuda") is None else "triton"
     assert resolved(family="permute", device="cuda") == expected
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for family in ("grouped_gemm", "expert_ffn"):
+        assert resolved(family=family, device="cuda", dtype=BF16) == (expected if hopper else "triton")
+        assert resolved(family=family, device="cuda", dtype=FP32) == "triton"
+        assert resolved(family=family, device="cuda", dtype=BF16, training=True) == "triton"
+        assert resolved(family=family, device="cuda", dtype=BF16, whole_chunks=False) == "triton"
+
+
+def test_a_product_that_needs_a_gradient_or_other_widths_is_refused_with_the_reason(monkeypatch):
+    """As if the extension were there, on this machine's device."""
+    from dit_moe_kernels.cuda_impl import grouped_gemm as kernels
+
+    monkeypatch.setattr(backends, "availability", lambda backend, device: None)
+    monkeypatch.setattr(kernels, "unsupported", lambda device, dtype, whole_chunks: None if whole_chunks else "widths")
+    backends._reason_against.cache_clear()
+    try:
+        assert resolved("cuda", "expert_ffn", dtype=BF16) == "cuda"
+        with pytest.raises(BackendUnavailableError, match="'cuda' cannot run expert_ffn: a gradient"):
+            resolved("cuda", "expert_ffn", dtype=BF16, training=True)
+        with pytest.raises(BackendUnavailableError, match="'cuda' cannot run grouped_gemm: widths"):
+            resolved("cuda", "grouped_gemm", dtype=BF16, whole_chunks=False)
+    finally:
+        backends._reason_against.cache_clear()
 
 
 def test_a_whole_layer_without_triton():

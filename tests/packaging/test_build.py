@@ -90,13 +90,32 @@ def test_wheel_with_nvcc_holds_the_extension_for_both_architectures(tree, tmp_pa
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=(tmp_path / extension).parent, capture_output=True, text=True
     )
-    assert result.stdout.split() == ["sm_80", "sm_90", "compute_90"], result.stderr
+    assert result.stdout.split() == ["sm_80", "sm_90", "compute_90", "sm_90a"], result.stderr
+
+
+@needs_nvcc
+@needs_pybind11
+def test_without_hopper_there_are_no_grouped_products(tree, tmp_path):
+    cuda_home = str(Path(find_nvcc() or "").parent.parent)
+    wheel, messages = built(tree, "wheel", CUDA_HOME=cuda_home, DIT_MOE_CUDA_ARCHS="80")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    script = """
+import torch
+from dit_moe_kernels import cuda_impl
+from dit_moe_kernels.cuda_impl import grouped_gemm
+assert not hasattr(cuda_impl.extension(), "grouped_gemm")
+print(grouped_gemm.unsupported(torch.device("cuda", 0), torch.bfloat16, True))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "built for sm_80 compute_80, expected sm_90a" in result.stdout, result.stderr
 
 
 @needs_nvcc
 @needs_pybind11
 def test_compile_error_fails_the_build(tree):
-    for source in [*(tree / "csrc").glob("*.cu"), *(tree / "csrc").glob("*.cpp")]:
+    for source in [*(tree / "csrc").rglob("*.cu"), *(tree / "csrc").glob("*.cpp")]:
         source.write_text("not C++\n")
     result = build(tree, "wheel", CUDA_HOME=str(Path(find_nvcc() or "").parent.parent), DIT_MOE_CUDA_ARCHS="90")
     assert result.returncode != 0

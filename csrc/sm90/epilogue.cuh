@@ -1,0 +1,101 @@
+// From a warp's accumulators (16 rows) to device memory, through a small staging buffer of the warp's own, so that rows
+// are stored in whole 128-byte lines and no warp waits for another.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include <type_traits>
+
+#include "ptx.cuh"
+
+namespace dit_moe::sm90 {
+
+constexpr int kWarpRows = 16;
+constexpr int kStagingColumns = 64;  // of 16-bit elements: 128 bytes
+constexpr int kStagingBytes = kWarpRows * kStagingColumns * 2;
+
+// Two elements in 32 bits, the first in the low half; rounded to nearest even.
+template <typename Element>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  }
+  return bits;
+}
+
+template <typename Element>
+__device__ __forceinline__ float2 widen_pair(uint32_t bits) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  } else {
+    return __half22float2(reinterpret_cast<const __half2&>(bits));
+  }
+}
+
+// 1 / (1 + exp(-x)) within a few units of fp32's last place; x = -inf gives 0, inf gives 1.
+__device__ __forceinline__ float sigmoid(float x) {
+  constexpr float log2_e = 1.44269504f;
+  float power, result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-log2_e * x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
+  return result;
+}
+
+// silu(gate) * up of two columns, from packed pairs.
+template <typename Element>
+__device__ __forceinline__ uint32_t swiglu_pair(uint32_t gate_bits, uint32_t up_bits) {
+  const float2 gate = widen_pair<Element>(gate_bits);
+  const float2 up = widen_pair<Element>(up_bits);
+  return round_pair<Element>(gate.x * sigmoid(gate.x) * up.x, gate.y * sigmoid(gate.y) * up.y);
+}
+
+// Where this warp's 16 rows go.
+template <typename Element>
+struct RowBlock {
+  Element* out;  // first row, first column of the matrix
+  int64_t stride;
+  int rows;  // valid rows, may be <= 0
+};
+
+// Stores kColumns (a multiple of 16, at most 64) columns from `column` on; those from `width` on are dropped.
+// fragment(i, q): two packed elements of the accumulator layout, for columns 16 i + 8 (q / 2) and row half q % 2.
+template <int kColumns, typename Element, typename Fragment>
+__device__ __forceinline__ void store_columns(uint32_t staging, const RowBlock<Element>& block, int column, int width,
+                                              const Fragment& fragment) {
+  static_assert(kColumns % 16 == 0 && kColumns <= kStagingColumns, "one staging buffer");
+  const int lane = threadIdx.x % 32;
+  // The 128-byte swizzle keeps both directions free of bank conflicts. Chunk numbers are combined by xor: staging is
+  // aligned to more than a row, and 2 i + lane / 16 = 2 i ^ lane / 16.
+  const uint32_t write_address = staging + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+#pragma unroll
+  for (int i = 0; i < kColumns / 16; ++i) {
+    const uint32_t fragments[4] = {fragment(i, 0), fragment(i, 1), fragment(i, 2), fragment(i, 3)};
+    store_matrices(write_address ^ (2 * i * 16), fragments);
+  }
+  __syncwarp();
+  // Eight lanes store one row of 128 bytes; four rows at a time.
+  const int chunk = lane % 8;
+  const int row = lane / 8;
+  const int place = column + chunk * 8;
+  const bool valid = chunk < kColumns / 8 && place < width;
+  const int64_t step = 4 * block.stride;
+  Element* out = block.out + row * block.stride + place;
+  const uint32_t read_address = staging + row * 128 + (chunk ^ row) * 16;
+  uint4 values[kWarpRows / 4];
+#pragma unroll
+  for (int i = 0; i < kWarpRows / 4; ++i) {
+    values[i] = load_shared((read_address ^ (i % 2 * 4 * 16)) + 4 * i * 128);
+  }
+#pragma unroll
+  for (int i = 0; i < kWarpRows / 4; ++i) {
+    if (valid && row + 4 * i < block.rows) __stcs(reinterpret_cast<uint4*>(out + i * step), values[i]);
+  }
+  __syncwarp();
+}
+
+}  // namespace dit_moe::sm90

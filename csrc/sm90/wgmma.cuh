@@ -1,0 +1,135 @@
+// The warpgroup matrix instruction, D (64, kN) fp32 += A (64, 16) B (16, kN), and its shared-memory descriptors.
+//
+// Operand tiles have rows of 128 bytes in the 128-byte swizzle: 16-byte chunk c of row r lies at chunk c ^ (r % 8).
+// Tiles start at multiples of 1024 bytes. Rows are rows of the matrix with 64 elements along K ("K-major"), or, for an
+// operand stored the other way round ("transposed"), rows along K with 64 elements along M or N.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include <type_traits>
+
+namespace dit_moe::sm90 {
+
+constexpr int kSwizzleBytes = 128;  // a tile row
+constexpr int kSwizzleRows = 8;     // the swizzle's period
+
+// leading_bytes: for a transposed operand, from one column of 64 elements to the next; otherwise unused.
+// The stride is that of 8 rows.
+__device__ __forceinline__ uint64_t operand_descriptor(uint32_t address, uint32_t leading_bytes) {
+  constexpr uint64_t swizzle_128 = uint64_t{1} << 62;
+  constexpr uint64_t stride = uint64_t{kSwizzleBytes * kSwizzleRows / 16} << 32;
+  return swizzle_128 | stride | uint64_t{leading_bytes / 16} << 16 | (address & 0x3ffff) / 16;
+}
+
+// Call before the first product of a batch, and after any other use of the accumulators.
+__device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most kPending of the committed batches are unfinished.
+template <int kPending>
+__device__ __forceinline__ void mma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of these registers across this point.
+template <int kCount>
+__device__ __forceinline__ void pin(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i])::"memory");
+}
+
+// Operands 0 to kN / 2 - 1 of the instruction are the accumulators, written here in eights.
+#define DIT_MOE_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define DIT_MOE_R1 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define DIT_MOE_R2 "%16, %17, %18, %19, %20, %21, %22, %23"
+#define DIT_MOE_R3 "%24, %25, %26, %27, %28, %29, %30, %31"
+#define DIT_MOE_R4 "%32, %33, %34, %35, %36, %37, %38, %39"
+#define DIT_MOE_R5 "%40, %41, %42, %43, %44, %45, %46, %47"
+#define DIT_MOE_R6 "%48, %49, %50, %51, %52, %53, %54, %55"
+#define DIT_MOE_R7 "%56, %57, %58, %59, %60, %61, %62, %63"
+#define DIT_MOE_R8 "%64, %65, %66, %67, %68, %69, %70, %71"
+#define DIT_MOE_R9 "%72, %73, %74, %75, %76, %77, %78, %79"
+#define DIT_MOE_R10 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define DIT_MOE_R11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define DIT_MOE_R12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define DIT_MOE_R13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define DIT_MOE_R14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define DIT_MOE_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
+#define DIT_MOE_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define DIT_MOE_D8(i) DIT_MOE_D4(8 * i), DIT_MOE_D4(8 * i + 4)
+
+// The last arguments are the accumulators' constraints; the five before them number the operands that follow.
+#define DIT_MOE_MMA(N, TYPE, REGISTERS, A, B, ACCUMULATE, TRANSPOSE_A, TRANSPOSE_B, ...)                     \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE                                                \
+               ", 0;\n"                                                                                      \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
+               ", p, 1, 1, " TRANSPOSE_A ", " TRANSPOSE_B ";\n}\n"                                           \
+               : __VA_ARGS__                                                                                 \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(int{kTransposeA}), "n"(int{kTransposeB}))
+
+#define DIT_MOE_R_128                                                                                        \
+  DIT_MOE_R0 ", " DIT_MOE_R1 ", " DIT_MOE_R2 ", " DIT_MOE_R3 ", " DIT_MOE_R4 ", " DIT_MOE_R5 ", " DIT_MOE_R6 \
+             ", " DIT_MOE_R7
+#define DIT_MOE_D_128 \
+  DIT_MOE_D8(0), DIT_MOE_D8(1), DIT_MOE_D8(2), DIT_MOE_D8(3), DIT_MOE_D8(4), DIT_MOE_D8(5), DIT_MOE_D8(6), DIT_MOE_D8(7)
+#define DIT_MOE_R_176 DIT_MOE_R_128 ", " DIT_MOE_R8 ", " DIT_MOE_R9 ", " DIT_MOE_R10
+#define DIT_MOE_D_176 DIT_MOE_D_128, DIT_MOE_D8(8), DIT_MOE_D8(9), DIT_MOE_D8(10)
+#define DIT_MOE_R_192 DIT_MOE_R_176 ", " DIT_MOE_R11
+#define DIT_MOE_D_192 DIT_MOE_D_176, DIT_MOE_D8(11)
+#define DIT_MOE_R_240 DIT_MOE_R_192 ", " DIT_MOE_R12 ", " DIT_MOE_R13 ", " DIT_MOE_R14
+#define DIT_MOE_D_240 DIT_MOE_D_192, DIT_MOE_D8(12), DIT_MOE_D8(13), DIT_MOE_D8(14)
+#define DIT_MOE_R_256 DIT_MOE_R_240 ", " DIT_MOE_R15
+#define DIT_MOE_D_256 DIT_MOE_D_240, DIT_MOE_D8(15)
+
+// d = a b + (accumulate ? d : 0), asynchronously. Lane l of warp w holds rows 16 w + l / 4 (+ 8) and columns
+// 8 j + 2 (l % 4) (+ 1): d[4 j], d[4 j + 1] in the first row, d[4 j + 2], d[4 j + 3] in the second.
+template <typename Element, int kN, bool kTransposeA, bool kTransposeB>
+__device__ __forceinline__ void mma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {
+  constexpr bool is_bf16 = std::is_same_v<Element, __nv_bfloat16>;
+  static_assert(is_bf16 || std::is_same_v<Element, __half>, "bf16 or fp16");
+  if constexpr (kN == 128) {
+    if constexpr (is_bf16) {
+      DIT_MOE_MMA(128, "bf16", DIT_MOE_R_128, "%64", "%65", "%66", "%67", "%68", DIT_MOE_D_128);
+    } else {
+      DIT_MOE_MMA(128, "f16", DIT_MOE_R_128, "%64", "%65", "%66", "%67", "%68", DIT_MOE_D_128);
+    }
+  } else if constexpr (kN == 176) {
+    if constexpr (is_bf16) {
+      DIT_MOE_MMA(176, "bf16", DIT_MOE_R_176, "%88", "%89", "%90", "%91", "%92", DIT_MOE_D_176);
+    } else {
+      DIT_MOE_MMA(176, "f16", DIT_MOE_R_176, "%88", "%89", "%90", "%91", "%92", DIT_MOE_D_176);
+    }
+  } else if constexpr (kN == 192) {
+    if constexpr (is_bf16) {
+      DIT_MOE_MMA(192, "bf16", DIT_MOE_R_192, "%96", "%97", "%98", "%99", "%100", DIT_MOE_D_192);
+    } else {
+      DIT_MOE_MMA(192, "f16", DIT_MOE_R_192, "%96", "%97", "%98", "%99", "%100", DIT_MOE_D_192);
+    }
+  } else if constexpr (kN == 240) {
+    if constexpr (is_bf16) {
+      DIT_MOE_MMA(240, "bf16", DIT_MOE_R_240, "%120", "%121", "%122", "%123", "%124", DIT_MOE_D_240);
+    } else {
+      DIT_MOE_MMA(240, "f16", DIT_MOE_R_240, "%120", "%121", "%122", "%123", "%124", DIT_MOE_D_240);
+    }
+  } else if constexpr (kN == 256) {
+    if constexpr (is_bf16) {
+      DIT_MOE_MMA(256, "bf16", DIT_MOE_R_256, "%128", "%129", "%130", "%131", "%132", DIT_MOE_D_256);
+    } else {
+      DIT_MOE_MMA(256, "f16", DIT_MOE_R_256, "%128", "%129", "%130", "%131", "%132", DIT_MOE_D_256);
+    }
+  } else {
+    static_assert(kN == 0, "no instruction of this width here");
+  }
+}
+
+}  // namespace dit_moe::sm90

@@ -1,0 +1,72 @@
+"""Launches of csrc/sm90/: the grouped products for Hopper GPUs; same meaning as reference.py's functions.
+
+Rows are sorted by expert, weights and rows are fp16 or bf16. Sizes of the tiles are chosen behind the C interface, by
+the shapes alone.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import extension
+from .launch import launch
+
+DTYPES = (torch.float16, torch.bfloat16)
+ALIGNMENT = 16  # bytes: of every matrix, and of every row in it
+
+
+@functools.cache
+def unsupported(device: torch.device, dtype: torch.dtype, whole_chunks: bool) -> str | None:
+    """Why these kernels cannot run, None if they can.
+
+    Args:
+        device: a CUDA device on which the compiled module can be used.
+        dtype: of rows and weights.
+        whole_chunks: whether the rows of every matrix are whole multiples of 16 bytes.
+    """
+    if "sm_90a" not in extension().build_info()["archs"].split():
+        return f"the extension was built for {extension().build_info()['archs']}, expected sm_90a among them"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"got compute capability {capability}, expected (9, 0)"
+    if dtype not in DTYPES:
+        return f"got {dtype}, expected one of {DTYPES}"
+    if not whole_chunks:
+        return f"got a width that is no multiple of {ALIGNMENT // dtype.itemsize}"
+    return None
+
+
+def grouped_gemm(x_NI: Tensor, w_EOI: Tensor, offsets: Tensor) -> Tensor:
+    """x_NI, w_EOI -> (N, O); rows past offsets[-1] are not written."""
+    num_experts, width, depth = w_EOI.shape
+    out_NO = x_NI.new_empty(x_NI.shape[0], width)
+    tensors = (_aligned(x_NI), _aligned(w_EOI), offsets, out_NO)
+    launch("grouped_gemm", tensors, (x_NI.shape[0], depth, width, num_experts), x_NI)
+    return out_NO
+
+
+def grouped_gemm_dx(grad_NO: Tensor, w_EOI: Tensor, offsets: Tensor) -> Tensor:
+    """grad_NO, w_EOI -> (N, I); rows past offsets[-1] are not written."""
+    num_experts, depth, width = w_EOI.shape
+    dx_NI = grad_NO.new_empty(grad_NO.shape[0], width)
+    tensors = (_aligned(grad_NO), _aligned(w_EOI), offsets, dx_NI)
+    launch("grouped_gemm_dx", tensors, (grad_NO.shape[0], depth, width, num_experts), grad_NO)
+    return dx_NI
+
+
+def grouped_swiglu(x_ND: Tensor, w13_E2FD: Tensor, offsets: Tensor, *, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """swiglu(h) (N, F) and h = x w13 (N, 2F), no rows of it unless keep_h; rows past offsets[-1] are not written."""
+    num_experts, double_width, depth = w13_E2FD.shape
+    out_NF = x_ND.new_empty(x_ND.shape[0], double_width // 2)
+    h = x_ND.new_empty(x_ND.shape[0] if keep_h else 0, double_width)
+    tensors = (_aligned(x_ND), _aligned(w13_E2FD), offsets, out_NF, h if keep_h else None)
+    launch("grouped_swiglu", tensors, (x_ND.shape[0], depth, double_width // 2, num_experts), x_ND)
+    return out_NF, h
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """The matrix where the copy engine can read it: only a view into another tensor may need the copy."""
+    return matrix.clone() if matrix.data_ptr() % ALIGNMENT else matrix

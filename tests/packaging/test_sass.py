@@ -1,0 +1,49 @@
+"""The compiled grouped products: every one runs on Hopper's warpgroup instruction, and none spills registers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from dit_moe_kernels import cuda_impl
+
+
+def find_cuobjdump() -> str | None:
+    """In $CUDA_HOME/bin, on PATH, or in the package triton."""
+    cuda_home = os.environ.get("CUDA_HOME")
+    found = (shutil.which("cuobjdump", path=f"{cuda_home}/bin") if cuda_home else None) or shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        found = shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends/nvidia/bin"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def products() -> dict[str, str]:
+    """The machine code of each grouped product, by its mangled name."""
+    if (reason := cuda_impl.import_error()) is not None:
+        pytest.skip(reason)
+    if "sm_90a" not in cuda_impl.extension().build_info()["archs"].split():
+        pytest.skip("the extension was not built for sm_90a")
+    if (cuobjdump := find_cuobjdump()) is None:
+        pytest.skip("no cuobjdump")
+    command = [cuobjdump, "-sass", str(cuda_impl.extension().__file__)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    functions = dict(part.split("\n", 1) for part in listing.split("Function : ")[1:])
+    return {name: code for name, code in functions.items() if "grouped_gemm_kernel" in name}
+
+
+def test_each_product_uses_the_warpgroup_instruction(products):
+    assert len(products) >= 2 * 12  # two dtypes
+    assert all("HGMMA" in code and "UTMALDG" in code for code in products.values())
+    assert not any(re.search(r"\bHMMA\b", code) for code in products.values())
+
+
+def test_nothing_spills(products):
+    spilling = {name: sorted(set(re.findall(r"\b(?:STL|LDL)\b", code))) for name, code in products.items()}
+    assert not {name: found for name, found in spilling.items() if found}
