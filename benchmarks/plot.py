@@ -27,7 +27,7 @@ STYLES = {
     "ours-triton": ("this library, fused (Triton)", "#c1121f", "o"),
     "ours-triton-compiled": ("this library, torch.compile", "#e5383b", "*"),
     "ours-unfused": ("this library, unfused (Triton)", "#f4845f", "s"),
-    "ours-cuda": ("this library, unfused, CUDA dispatch", "#f7b267", "D"),
+    "ours-cuda": ("this library, CUDA products (inference)", "#f7b267", "D"),
     "gemm": ("bare cuBLAS products (yardstick)", "#000000", "_"),
     "torch-grouped-mm": ("torch grouped_mm, eager", "#0077b6", "^"),
     "torch-grouped-mm-compiled": ("torch grouped_mm, torch.compile", "#48cae4", "v"),

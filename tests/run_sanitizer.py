@@ -48,6 +48,10 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
     unfused = unpermute(y, plan, weights, backend=permute_backend)
     summed = unpermute(y, plan, backend=permute_backend)
     (fused.float().sum() + unfused.float().sum() + summed.float().sum() + probs.square().sum()).backward()
+    if permute_backend == "cuda" and dtype != torch.float32 and width % 8 == hidden % 8 == 0:
+        with torch.no_grad():  # the CUDA products, on Hopper
+            expert_ffn(x, w13, w2, weights, plan, backend="cuda")
+            torch.ops.dit_moe.grouped_gemm_dx(h, w13, *plan[1:2], *plan[4:7], "cuda")
     torch.cuda.synchronize()
 
 

@@ -13,10 +13,18 @@ from .base import Layer, problem_weights, same_layout
 
 
 class Fused:
-    """`dit_moe.MoEFeedForward` without shared expert: what users call. Its balance loss is computed, but not used."""
+    """`dit_moe.MoEFeedForward` without shared expert: what users call. Its balance loss is computed, but not used.
 
-    def __init__(self, name: str, backend: str) -> None:
-        self.name, self._backend = name, backend
+    Args:
+        name: of the provider.
+        backend: what must be available.
+        asked: the backend that the layer is given, where it is another one; a layer takes several ops, and `auto` takes
+            each where it runs best.
+        note: a remark for the result's status.
+    """
+
+    def __init__(self, name: str, backend: str, asked: str | None = None, note: str | None = None) -> None:
+        self.name, self.note, self._backend, self._asked = name, note, backend, asked or backend
 
     def availability(self, device: str) -> str | None:
         """The backend's own reason."""
@@ -31,7 +39,7 @@ class Fused:
             shape.num_experts,
             shape.top_k,
             num_shared_experts=0,
-            backend=self._backend,
+            backend=self._asked,
             device="meta",
         )
         weights = {
