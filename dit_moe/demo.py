@@ -49,7 +49,7 @@ class DemoPlan:
 
 
 def demo_plan(device: torch.device, data: ImageDataset, seed: int = 0) -> DemoPlan:
-    """The plan for a device: about a minute of training on two CPU cores, or a larger model on a GPU.
+    """The plan for a device: a minute or two of training on a CPU, or a larger model on a GPU.
 
     Args:
         device: "cpu" or "cuda".
@@ -66,12 +66,12 @@ def demo_plan(device: torch.device, data: ImageDataset, seed: int = 0) -> DemoPl
         )  # fmt: skip
         return DemoPlan(4 if data.image_size >= 28 else 1, model, training, sampling_steps=50)
     # Large patches and small batches make short steps: at this size their number counts more than that of the images.
-    model = dict(hidden_size=128, depth=3, num_heads=4, mlp_ratio=2.0, num_experts=4, num_shared_experts=1)
+    model = dict(hidden_size=96, depth=3, num_heads=4, mlp_ratio=1.0, num_experts=8, num_shared_experts=1)
     training = TrainingSettings(
-        steps=2000, batch_size=32, learning_rate=6e-3, warmup_steps=30, schedule="cosine", beta2=0.99,
+        steps=2200, batch_size=32, learning_rate=1e-2, warmup_steps=30, schedule="cosine", beta2=0.99,
         ema_decay=0.995, seed=seed,
     )  # fmt: skip
-    return DemoPlan(7 if data.image_size >= 28 else 2, model, training)
+    return DemoPlan(7 if data.image_size >= 28 else 2, model, training, cfg_scale=4.0)
 
 
 def demo_data() -> ImageDataset:
