@@ -58,10 +58,10 @@ def demo_plan(device: torch.device, data: ImageDataset, seed: int = 0) -> DemoPl
     """
     if device.type == "cuda":
         model: dict[str, int | float | bool] = dict(
-            hidden_size=256, depth=6, num_heads=4, mlp_ratio=4.0, num_experts=8, num_shared_experts=1, qk_norm=True
+            hidden_size=256, depth=4, num_heads=4, mlp_ratio=4.0, num_experts=8, num_shared_experts=1, qk_norm=True
         )  # fmt: skip
         training = TrainingSettings(
-            steps=1500, batch_size=256, learning_rate=2e-3, warmup_steps=100, schedule="cosine", beta2=0.99,
+            steps=700, batch_size=256, learning_rate=2e-3, warmup_steps=50, schedule="cosine", beta2=0.99,
             ema_decay=0.995, dtype="bf16", seed=seed,
         )  # fmt: skip
         return DemoPlan(4 if data.image_size >= 28 else 1, model, training, sampling_steps=50)
