@@ -97,7 +97,7 @@ def resolve(
         device: of the inputs; a type of device does where kernels run on every GPU.
         dtype: of the inputs.
         whole_chunks: of the products' widths, what `whole_chunks` says.
-        training: whether a gradient may be asked for.
+        training: whether a gradient may be asked for: then the CUDA products need Triton too.
 
     Raises:
         ValueError: the name is unknown.
@@ -161,7 +161,9 @@ def _reason_against(
     reason = availability(backend, torch.device(device).type)
     if reason is None and backend == "cuda" and family in _PRODUCTS:
         if training:
-            return "a gradient may be asked for, which it does not compute"
+            reason = availability("triton", torch.device(device).type)
+            if reason is not None:
+                return f"a gradient may be asked for, and it leaves those of the weights to Triton: {reason}"
         from .cuda_impl import grouped_gemm
 
         return grouped_gemm.unsupported(torch.device(device), dtype, whole_chunks)

@@ -30,7 +30,7 @@ def expert_ffn(
         w2: (E, D, F) float.
         topk_weights: (T, K) fp32 (fp64 where x is).
         plan: routing of these T tokens to these E experts.
-        backend: "auto", "cuda" (inference on Hopper), "triton" or "reference".
+        backend: "auto", "cuda" (Hopper; weight gradients by Triton), "triton" or "reference".
 
     Returns:
         (T, D), in autocast's dtype under autocast, else in x's dtype, which w13 and w2 must share.
@@ -131,11 +131,18 @@ _expert_ffn = define_op(
 def _backward_impl(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, *rest: Any):
     *plan, backend = rest
     tensors: list[Any] = [t.contiguous() for t in (grad, h, x, w13, w2, topk_weights)]
-    if backend == "triton":
-        from .triton_impl import expert_ffn as kernels
+    if backend == "reference":
+        return reference.expert_ffn_backward(*tensors, *plan[:3])
+    from .triton_impl import expert_ffn as kernels
 
-        return kernels.expert_ffn_backward(*tensors, *plan)
-    return reference.expert_ffn_backward(*tensors, *plan[:3])
+    dh, *others = kernels.expert_ffn_backward(*tensors, *plan)
+    offsets, _row_to_slot, slot_to_row, *tiles = plan
+    w13, top_k = tensors[3], topk_weights.shape[1]
+    if backend == "cuda":
+        from .cuda_impl import expert_ffn as cuda_kernels
+
+        return cuda_kernels.expert_ffn_dx(dh, w13, top_k, offsets, slot_to_row), *others
+    return kernels.expert_ffn_dx(dh, w13, top_k, offsets, slot_to_row, *tiles), *others
 
 
 def _backward_fake(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, *_: Any):

@@ -1,11 +1,12 @@
-"""The hand-written Hopper products: grouped_gemm, its gradient for rows, and expert_ffn without a backward."""
+"""The hand-written Hopper products: grouped_gemm and expert_ffn, and their gradients."""
 
 import pytest
 import torch
 from dit_moe_kernels import BackendUnavailableError, availability, backends, expert_ffn, grouped_gemm, make_routing_plan
 from torch import Tensor
 
-from tests.kernels.test_expert_ffn import make_inputs
+from tests.kernels.test_expert_ffn import check_expert_ffn, make_inputs
+from tests.kernels.test_grouped_gemm import check_grouped_gemm
 from tests.kernels.util import (
     BF16,
     CASES,
@@ -15,6 +16,7 @@ from tests.kernels.util import (
     MODEL_CASES,
     Case,
     assert_2x,
+    evaluate,
     gpu_targets,
     make_plan,
     naive_expert_ffn,
@@ -170,7 +172,7 @@ def test_a_graph_on_a_side_stream_follows_its_inputs(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_auto_takes_them_for_inference_alone(target):
+def test_auto_takes_them(target):
     case = SMALL_CASES[0]
     _, plan = make_plan(case, target.device)
     inputs = make_inputs(target, case)
@@ -179,11 +181,47 @@ def test_auto_takes_them_for_inference_alone(target):
         assert torch.equal(expert_ffn(*inputs, plan), expected)
         compiled = torch.compile(lambda *tensors: expert_ffn(*tensors, plan), fullgraph=True)
         assert torch.equal(compiled(*inputs), expected)
-    leaf = inputs[0].requires_grad_()
-    with pytest.raises(BackendUnavailableError, match="'cuda' cannot run expert_ffn: a gradient"):
-        expert_ffn(*inputs, plan, backend="cuda")
-    expert_ffn(*inputs, plan).sum().backward()
-    assert leaf.grad is not None and leaf.grad.isfinite().all()
+    ones = torch.ones_like(expected)
+    by_name, by_auto = (
+        evaluate(lambda *tensors, name=name: expert_ffn(*tensors, plan, backend=name), inputs, ones)
+        for name in ("cuda", "auto")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(by_name, by_auto, strict=True))
+
+
+@pytest.mark.parametrize("case", [*SMALL_CASES, ONE_EXPERT, *MODEL_CASES], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients(target, case):
+    """All gradients of the fused layer and of one product, with the weights' by Triton."""
+    check_expert_ffn(target, case)
+    check_grouped_gemm(target, case, case.width, case.hidden)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_graph_of_forward_and_backward(target):
+    """Two runs and a replay on other tokens give the same bits."""
+    case = Case("", 300, 4, 2, 192, 256, tile_rows=None)
+    inputs, other = make_inputs(target, case), make_inputs(target, case)
+    plan, other_plan = (make_plan(case, target.device)[1] for _ in range(2))
+    grad = randn(case.tokens, case.width, target=target)
+
+    def step(tensors, plan):
+        return evaluate(lambda *tensors: expert_ffn(*tensors, plan, backend="cuda"), tensors, grad)
+
+    expected = step(other, other_plan)
+    assert all(torch.equal(a, b) for a, b in zip(step(other, other_plan), expected, strict=True)), "two runs differ"
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(inputs, plan)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step(inputs, plan)
+    for tensor, value in zip((*inputs, *plan[:6]), (*other, *other_plan[:6]), strict=True):
+        tensor.copy_(value)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), "the replay differs"
 
 
 @pytest.mark.gpu

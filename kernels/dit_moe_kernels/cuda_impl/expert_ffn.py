@@ -1,10 +1,10 @@
-"""The forward of the fused expert FFN as a sequence of launches: dispatch, two products, combine."""
+"""The fused expert FFN as a sequence of launches: dispatch, two products, combine; and the gradient for its tokens."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .grouped_gemm import grouped_gemm, grouped_swiglu
+from .grouped_gemm import grouped_gemm, grouped_gemm_dx, grouped_swiglu
 from .permute import permute, unpermute
 
 
@@ -28,3 +28,8 @@ def expert_ffn(
     y = grouped_gemm(a, w2, offsets)
     del a
     return unpermute(y, topk_weights, slot_to_row, top_k), h
+
+
+def expert_ffn_dx(dh: Tensor, w13: Tensor, top_k: int, offsets: Tensor, slot_to_row: Tensor) -> Tensor:
+    """Gradient for x, from that for h."""
+    return unpermute(grouped_gemm_dx(dh, w13, offsets), None, slot_to_row, top_k)
