@@ -12,9 +12,6 @@ that no tile mixes experts and no host sync is needed. The variants:
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -287,27 +284,37 @@ def grouped_gemm(
     x: Tensor, w: Tensor, offsets: Tensor, tile_expert: Tensor, tile_row: Tensor, tile_rows: int
 ) -> Tensor:
     """x (N, I), w (E, O, I) -> (N, O); rows past offsets[-1] are not written."""
-    out = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device)
-    plan: dict[str, Any] = {
-        "offsets": offsets,
-        "tile_expert": tile_expert,
-        "tile_row": tile_row,
-        "tile_rows": tile_rows,
-    }
-    launch(x, w, out, width=w.shape[1], epilogue="store", w_is_kn=False, **plan)
-    return out
+    return _product(x, w, w.shape[1], False, offsets, tile_expert, tile_row, tile_rows)
 
 
 def grouped_gemm_dx(
     grad: Tensor, w: Tensor, offsets: Tensor, tile_expert: Tensor, tile_row: Tensor, tile_rows: int
 ) -> Tensor:
     """grad (N, O), w (E, O, I) -> (N, I); rows past offsets[-1] are not written."""
-    out = torch.empty(grad.shape[0], w.shape[2], dtype=grad.dtype, device=grad.device)
-    plan: dict[str, Any] = {
-        "offsets": offsets,
-        "tile_expert": tile_expert,
-        "tile_row": tile_row,
-        "tile_rows": tile_rows,
-    }
-    launch(grad, w, out, width=w.shape[2], epilogue="store", w_is_kn=True, **plan)
+    return _product(grad, w, w.shape[2], True, offsets, tile_expert, tile_row, tile_rows)
+
+
+def _product(
+    rows: Tensor,
+    w: Tensor,
+    width: int,
+    w_is_kn: bool,
+    offsets: Tensor,
+    tile_expert: Tensor,
+    tile_row: Tensor,
+    tile_rows: int,
+) -> Tensor:
+    out = rows.new_empty(rows.shape[0], width)
+    launch(
+        rows,
+        w,
+        out,
+        width=width,
+        epilogue="store",
+        w_is_kn=w_is_kn,
+        offsets=offsets,
+        tile_expert=tile_expert,
+        tile_row=tile_row,
+        tile_rows=tile_rows,
+    )
     return out
