@@ -37,18 +37,13 @@ __device__ __forceinline__ float2 widen_pair(uint32_t bits) {
   }
 }
 
-// 1 / (1 + exp(-x)) of two numbers, each within a few units of fp32's last place, for one reciprocal, because special
-// functions are the scarcest here: 1 / a = b / (a b). From x = -43.7 down the result stays at 2^-63, so that a b is
-// finite; x = inf gives 1.
-__device__ __forceinline__ float2 sigmoid_pair(float2 x) {
+// 1 / (1 + exp(-x)) within a few units of fp32's last place; x = -inf gives 0, inf gives 1.
+__device__ __forceinline__ float sigmoid(float x) {
   constexpr float log2_e = 1.44269504f;
-  float a, b, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(a) : "f"(fminf(-log2_e * x.x, 63.0f)));
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(b) : "f"(fminf(-log2_e * x.y, 63.0f)));
-  a += 1.0f;
-  b += 1.0f;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(a * b));
-  return {inverse * b, inverse * a};
+  float power, result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-log2_e * x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
+  return result;
 }
 
 // silu(gate) * up of two columns, from packed pairs.
@@ -56,8 +51,7 @@ template <typename Element>
 __device__ __forceinline__ uint32_t swiglu_pair(uint32_t gate_bits, uint32_t up_bits) {
   const float2 gate = widen_pair<Element>(gate_bits);
   const float2 up = widen_pair<Element>(up_bits);
-  const float2 share = sigmoid_pair(gate);
-  return round_pair<Element>(gate.x * share.x * up.x, gate.y * share.y * up.y);
+  return round_pair<Element>(gate.x * sigmoid(gate.x) * up.x, gate.y * sigmoid(gate.y) * up.y);
 }
 
 // Where this warp's 16 rows go.
