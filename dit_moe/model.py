@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DiTConfig
@@ -63,15 +65,23 @@ class DiTBlock(nn.Module):
         self.is_moe = config.is_moe
         self.adaLN_modulation = Modulation(config.hidden_size, 6)
 
-    def forward(self, x_BND: Tensor, c_BD: Tensor) -> tuple[Tensor, MoEOutput | None]:
-        """Transform tokens (B, N, D) under the condition (B, D); also return the routed layer's output, or None."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BD)
-        x_BND = x_BND + gate_msa * self.attn(modulate(self.norm1(x_BND), shift_msa, scale_msa))
+    def forward(self, x_BND: Tensor, modulation: Sequence[Tensor]) -> tuple[Tensor, MoEOutput | None]:
+        """Transform tokens under the six vectors (B, D) of `adaLN_modulation`.
+
+        Args:
+            x_BND: (B, N, D) float, tokens.
+            modulation: shift, scale and gate of the attention, then those of the feed-forward layer.
+
+        Returns:
+            The tokens (B, N, D), and the routed layer's output or None.
+        """
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        x_BND = x_BND + gate_msa[:, None] * self.attn(modulate(self.norm1(x_BND), shift_msa, scale_msa))
         ffn_in_BND = modulate(self.norm2(x_BND), shift_mlp, scale_mlp)
         if not self.is_moe:
-            return x_BND + gate_mlp * self.mlp(ffn_in_BND), None
+            return x_BND + gate_mlp[:, None] * self.mlp(ffn_in_BND), None
         routed = self.moe(ffn_in_BND)
-        return x_BND + gate_mlp * routed.hidden, routed
+        return x_BND + gate_mlp[:, None] * routed.hidden, routed
 
 
 class FinalLayer(nn.Module):
@@ -94,10 +104,10 @@ class FinalLayer(nn.Module):
         """Zero, so that a new model predicts zero."""
         zero_(self)
 
-    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
-        """(B, N, D) under the condition (B, D) -> (B, N, patch_size^2 * out_channels)."""
-        shift_B1D, scale_B1D = self.adaLN_modulation(c_BD)
-        return self.linear(modulate(self.norm_final(x_BND), shift_B1D, scale_B1D))
+    def forward(self, x_BND: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        """(B, N, D) under a shift and a scale (B, D) -> (B, N, patch_size^2 * out_channels)."""
+        shift_BD, scale_BD = modulation
+        return self.linear(modulate(self.norm_final(x_BND), shift_BD, scale_BD))
 
 
 class DiT(nn.Module):
@@ -152,24 +162,64 @@ class DiT(nn.Module):
         Raises:
             ValueError: a shape is wrong.
         """
-        self._check_inputs(x, t, y)
-        x_BND = self.x_embedder(x) + self.pos_embed
-        c_BD = self.t_embedder(t) + self.y_embedder(y)
-        routed: list[MoEOutput] = []
-        for block in self.blocks:
-            x_BND, moe_output = block(x_BND, c_BD)
-            if moe_output is not None:
-                routed.append(moe_output)
-        out = self._unpatchify(self.final_layer(x_BND, c_BD))
-        return (out, self._aux(routed, x.device)) if return_aux else out
-
-    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        image = (self.config.in_channels, self.config.input_size, self.config.input_size)
-        if x.ndim != 4 or x.shape[1:] != image:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, {', '.join(map(str, image))})")
+        self._check_images(x)
         for name, tensor in (("t", t), ("y", y)):
             if tensor.shape != x.shape[:1]:
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(x.shape[:1])} as x has")
+        return self.denoise(x, self.modulations(self.condition(t, y)), return_aux=return_aux)
+
+    # What `forward` is made of. The condition does not depend on the images, so a sampler may compute the modulations
+    # of all its steps at once and leave only `denoise` to each step.
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """Embed times (B,) and class ids (B,), as `forward` takes them, to (B, D)."""
+        return self.t_embedder(t) + self.y_embedder(y)
+
+    def modulations(self, c_BD: Tensor) -> Tensor:
+        """Turn conditions into all vectors that shift, scale and gate the model's layers.
+
+        Args:
+            c_BD: (B, D) float, from `condition`; B may count the images of several steps.
+
+        Returns:
+            (B, V, D) with V = 6 * depth + 2: each block's shift, scale and gate of the attention, then of the
+            feed-forward layer; in the end the shift and the scale of the final layer.
+        """
+        activated_BD = F.silu(c_BD)
+        layers = [*self.blocks, self.final_layer]
+        return torch.cat([layer.adaLN_modulation(activated_BD) for layer in layers], dim=1)
+
+    def denoise(
+        self, x: Tensor, modulations_BVD: Tensor, *, return_aux: bool = False
+    ) -> Tensor | tuple[Tensor, MoEAux]:
+        """Predict as `forward` does, from modulations in place of times and classes.
+
+        Args:
+            x: (B, C, input_size, input_size), as in `forward`.
+            modulations_BVD: (B, V, D), from `modulations`; any strides.
+            return_aux: also return what the routed layers report.
+
+        Raises:
+            ValueError: a shape is wrong.
+        """
+        self._check_images(x)
+        expected = (x.shape[0], 6 * len(self.blocks) + 2, self.config.hidden_size)
+        if modulations_BVD.shape != expected:
+            raise ValueError(f"modulations_BVD: got shape {tuple(modulations_BVD.shape)}, expected {expected}")
+        vectors = modulations_BVD.unbind(1)
+        x_BND = self.x_embedder(x) + self.pos_embed
+        routed: list[MoEOutput] = []
+        for i, block in enumerate(self.blocks):
+            x_BND, moe_output = block(x_BND, vectors[6 * i : 6 * i + 6])
+            if moe_output is not None:
+                routed.append(moe_output)
+        out = self._unpatchify(self.final_layer(x_BND, vectors[-2:]))
+        return (out, self._aux(routed, x.device)) if return_aux else out
+
+    def _check_images(self, x: Tensor) -> None:
+        image = (self.config.in_channels, self.config.input_size, self.config.input_size)
+        if x.ndim != 4 or x.shape[1:] != image:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, {', '.join(map(str, image))})")
 
     def _unpatchify(self, patches_BNP: Tensor) -> Tensor:
         """(B, N, p * p * C) -> (B, C, H, W)."""

@@ -96,12 +96,12 @@ def test_forward_written_out(num_experts: int) -> None:
     c = F.silu(model.t_embedder(t) + model.y_embedder.embedding_table.weight[y])
     tokens = model.x_embedder(x) + model.pos_embed
     for block in model.blocks:
-        linear = block.adaLN_modulation[1]
+        linear = block.adaLN_modulation.linear
         shift1, scale1, gate1, shift2, scale2, gate2 = (c @ linear.weight.T + linear.bias)[:, None].split(32, dim=2)
         tokens = tokens + gate1 * block.attn(layer_norm(tokens) * (1 + scale1) + shift1)
         inside = layer_norm(tokens) * (1 + scale2) + shift2
         tokens = tokens + gate2 * (block.moe(inside).hidden if num_experts else block.mlp(inside))
-    linear = model.final_layer.adaLN_modulation[1]
+    linear = model.final_layer.adaLN_modulation.linear
     shift, scale = (c @ linear.weight.T + linear.bias)[:, None].split(32, dim=2)
     patches = model.final_layer.linear(layer_norm(tokens) * (1 + scale) + shift)
     expected = torch.zeros(3, 8, 8, 8, dtype=torch.float64)
@@ -115,6 +115,23 @@ def test_forward_written_out(num_experts: int) -> None:
 @pytest.mark.parametrize(("learn_sigma", "channels"), [(True, 8), (False, 4)])
 def test_output_channels(learn_sigma: bool, channels: int) -> None:
     assert tiny_model(learn_sigma=learn_sigma)(*tiny_inputs()).shape == (3, channels, 8, 8)
+
+
+@both_kinds
+def test_modulations_of_several_steps_at_once(num_experts: int) -> None:
+    """What a sampler does: all steps' vectors first, then one `denoise` a step from a slice with gaps."""
+    model = tiny_model(num_experts=num_experts)
+    x, _, y = tiny_inputs()
+    times = torch.rand(2, 3)
+    vectors = model.modulations(model.condition(times.T.flatten(), y.repeat_interleave(2)))
+    assert vectors.shape == (6, 6 * 2 + 2, 32)
+    for step in (0, 1):
+        got, aux = model.denoise(x, vectors[step::2], return_aux=True)
+        expected, expected_aux = model(x, times[step], y, return_aux=True)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        assert torch.equal(aux.tokens_per_expert, expected_aux.tokens_per_expert)
+    with pytest.raises(ValueError, match=r"modulations_BVD: got shape \(6, 14, 32\), expected \(3, 14, 32\)"):
+        model.denoise(x, vectors)
 
 
 def test_images_do_not_mix() -> None:
@@ -151,7 +168,7 @@ def test_new_model_predicts_zero_through_identity_blocks(num_experts: int) -> No
     model = DiT(DiTConfig.from_dict({**TINY.to_dict(), "num_experts": num_experts})).eval()
     assert not model(*tiny_inputs()).any()
     tokens, c = torch.randn(2, 16, 32), torch.randn(2, 32)
-    assert torch.equal(model.blocks[0](tokens, c)[0], tokens)
+    assert torch.equal(model.blocks[0](tokens, model.blocks[0].adaLN_modulation(c).unbind(1))[0], tokens)
     assert not model.blocks[0].attn.qkv.bias.any() and model.blocks[0].attn.qkv.weight.any()
     assert not model.pos_embed.requires_grad
 
