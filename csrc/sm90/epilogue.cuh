@@ -46,12 +46,31 @@ __device__ __forceinline__ float sigmoid(float x) {
   return result;
 }
 
+// The same of two numbers for one reciprocal, because special functions are the scarcest here: 1 / a = b / (a b). From
+// x = -43.7 down the result stays at 2^-63, so that a b is finite.
+__device__ __forceinline__ float2 sigmoid_pair(float2 x) {
+  constexpr float log2_e = 1.44269504f;
+  float a, b, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(a) : "f"(fminf(-log2_e * x.x, 63.0f)));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(b) : "f"(fminf(-log2_e * x.y, 63.0f)));
+  a += 1.0f;
+  b += 1.0f;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(a * b));
+  return {inverse * b, inverse * a};
+}
+
 // silu(gate) * up of two columns, from packed pairs.
 template <typename Element>
 __device__ __forceinline__ uint32_t swiglu_pair(uint32_t gate_bits, uint32_t up_bits) {
   const float2 gate = widen_pair<Element>(gate_bits);
   const float2 up = widen_pair<Element>(up_bits);
-  return round_pair<Element>(gate.x * sigmoid(gate.x) * up.x, gate.y * sigmoid(gate.y) * up.y);
+  float2 share;
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    share = sigmoid_pair(gate);
+  } else {
+    share = {sigmoid(gate.x), sigmoid(gate.y)};  // fp16 has no register left for the pair where h is kept
+  }
+  return round_pair<Element>(gate.x * share.x * up.x, gate.y * share.y * up.y);
 }
 
 // Where this warp's 16 rows go.

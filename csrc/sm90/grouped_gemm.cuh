@@ -19,7 +19,6 @@ constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kTileK = 64;  // elements of one swizzled row
 constexpr int kMaxStages = 6;
 constexpr int kMaxSharedBytes = 227 * 1024;  // of a Hopper block
-constexpr int kGroupM = 8;                   // row tiles (pairs of them in clusters) that sweep the columns together
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
 
@@ -54,6 +53,8 @@ struct Config {
   static constexpr int kDynamicBytes = kStages * kStageBytes + kOtherBytes;
   // K steps by which the first consumer leads the second, so that long epilogues do not coincide.
   static constexpr int kStagger = kPaired ? 2 : 0;
+  // Row tiles (pairs of them in clusters) that sweep the columns together.
+  static constexpr int kGroupM = kPaired ? 16 : 8;
 
   static_assert(kBoxRows % kSwizzleRows == 0 && kBoxRows <= 256, "boxes of whole swizzle periods");
   static_assert(kCluster == 1 || kCluster == 2, "alone or in pairs");
@@ -151,7 +152,7 @@ class Block {
  private:
   __device__ __forceinline__ Scheduler make_scheduler() const {
     const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
-    return Scheduler(arguments_.offsets, arguments_.num_experts, tiles_n, kGroupM, blockIdx.x / C::kCluster,
+    return Scheduler(arguments_.offsets, arguments_.num_experts, tiles_n, C::kGroupM, blockIdx.x / C::kCluster,
                      gridDim.x / C::kCluster);
   }
 
