@@ -2,10 +2,12 @@
 
 Ops, in the order of a layer: router_logits, topk_softmax, make_routing_plan, then either the fused expert_ffn or the
 unfused permute, grouped_gemm, swiglu, grouped_gemm, unpermute. All are torch.library ops with autograd.
+count_routing keeps histograms of which experts were chosen where, for analysis.
 """
 
 from .activation import swiglu
 from .backends import BACKENDS, availability, cuda_build_info, op_families, use_backend
+from .counting import RoutingCounts, count_routing
 from .errors import BackendUnavailableError, KernelError
 from .expert_ffn import expert_ffn
 from .grouped_gemm import grouped_gemm
@@ -17,8 +19,10 @@ __all__ = [
     "BACKENDS",
     "BackendUnavailableError",
     "KernelError",
+    "RoutingCounts",
     "RoutingPlan",
     "availability",
+    "count_routing",
     "cuda_build_info",
     "expert_ffn",
     "grouped_gemm",

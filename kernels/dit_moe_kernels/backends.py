@@ -23,6 +23,7 @@ ENV_BACKEND = "DIT_MOE_BACKEND"
 _PREFERENCE = {
     "router": ("triton", "reference"),
     "routing": ("triton", "reference"),
+    "counting": ("triton", "reference"),
     "permute": ("cuda", "triton", "reference"),
     "grouped_gemm": ("cuda", "triton", "reference"),
     "swiglu": ("triton", "reference"),

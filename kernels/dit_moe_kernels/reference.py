@@ -201,3 +201,40 @@ def expert_ffn_backward(
     dw13_E2FD = grouped_gemm_dw(dh_N2F, permute(x_TD, row_to_slot_N, top_k), expert_offsets)
     dx_TD = unpermute(grouped_gemm_dx(dh_N2F, w13_E2FD, expert_offsets), None, slot_to_row_N, top_k)
     return dx_TD, dw13_E2FD, dw2_EDF, dweights_TK.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
+
+
+def count_routing(
+    topk_ids: Tensor,
+    cursor: Tensor,
+    image_counts_ILE: Tensor,
+    step_counts_GLSE: Tensor,
+    patch_counts_GLNE: Tensor,
+    step_patch_counts_SLNE: Tensor | None,
+    layer: int,
+    images_per_group: int,
+    first_part: int,
+    num_parts: int,
+) -> None:
+    """Add each choice to its cell of every histogram, in place; see `dit_moe_kernels.count_routing`."""
+    num_images, num_layers, num_experts = image_counts_ILE.shape
+    num_steps, num_tokens = step_counts_GLSE.shape[2], patch_counts_GLNE.shape[2]
+    ids_RNK = topk_ids.long().view(topk_ids.shape[0] // num_tokens, num_tokens, topk_ids.shape[1])
+    step, first_image, batch = cursor.long().unbind()
+    row_R11 = torch.arange(ids_RNK.shape[0], device=topk_ids.device)[:, None, None]
+    token_N1 = torch.arange(num_tokens, device=topk_ids.device)[:, None]
+    image_R11 = first_image + row_R11 % batch.clamp(min=1)
+    group_R11 = image_R11 // images_per_group
+    counted_RNK = (row_R11 >= first_part * batch) & (row_R11 < (first_part + num_parts) * batch)
+    counted_RNK = counted_RNK & (image_R11 >= 0) & (image_R11 < num_images) & (step >= 0) & (step < num_steps)
+    counted_RNK = counted_RNK & (ids_RNK >= 0) & (ids_RNK < num_experts)
+
+    def add(counts: Tensor, cells: Tensor) -> None:
+        # No shape may depend on the data: what does not count adds zero to the first cell.
+        cells = torch.where(counted_RNK, cells * num_experts + ids_RNK, 0).reshape(-1)
+        counts.view(-1).index_add_(0, cells, counted_RNK.reshape(-1).to(counts.dtype))
+
+    add(image_counts_ILE, image_R11 * num_layers + layer)
+    add(step_counts_GLSE, (group_R11 * num_layers + layer) * num_steps + step)
+    add(patch_counts_GLNE, (group_R11 * num_layers + layer) * num_tokens + token_N1)
+    if step_patch_counts_SLNE is not None:
+        add(step_patch_counts_SLNE, (step * num_layers + layer) * num_tokens + token_N1)

@@ -16,6 +16,7 @@ import triton
 from dit_moe_kernels import configs, make_routing_plan
 from dit_moe_kernels.triton_impl import (
     common,
+    counting,
     expert_ffn,
     grouped_gemm,
     grouped_gemm_dw,
@@ -106,6 +107,11 @@ def launch_everything(dtype: torch.dtype) -> None:
         router.router_logits(x, torch.zeros(4, width, dtype=dtype))
         router.topk_softmax(probs, 2)
         router.topk_softmax_backward(weights, probs, ids, probs)
+        by_image, by_step, by_patch = (
+            torch.zeros(size, dtype=torch.int32) for size in ((9, 3, 4), (2, 3, 5, 4), (2, 3, 4, 4))
+        )
+        for step_patch in (None, by_step):
+            counting.count_routing(ids, ids[0], by_image, by_step, by_patch, step_patch, 1, 5, 0, 1)
         permute.permute(x, plan.row_to_slot, 2)
         permute.unpermute(y, weights, plan.slot_to_row, 2)
         permute.unpermute_backward(x, y, weights, plan.row_to_slot)

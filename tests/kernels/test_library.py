@@ -37,10 +37,17 @@ def op_samples(target) -> dict[str, tuple]:
     def router(*shape: int, grad: bool = False):
         return torch.rand(shape, device=target.device).requires_grad_(grad)
 
+    def counter(*shape: int):
+        return torch.zeros(shape, dtype=torch.int32, device=target.device)
+
     n = t * k
     weights = make_weights(CASE, target.dtype, target.device)
     return {
         "routing_plan": (ids, e, 16, name),
+        "count_routing": (
+            ids, counter(3) + 1, counter(5, 2, e), counter(1, 2, 4, e), counter(1, 2, 7, e), counter(4, 2, 7, e),
+            1, 5, 0, 1, name,
+        ),
         "router_logits": (rand(t, d, grad=True), rand(e, d, grad=True), name),
         "topk_softmax": (router(t, e, grad=True), k, name),
         "topk_softmax_backward": (router(t, k), router(t, e), ids.clamp(min=0), router(t, e).softmax(1), name),
