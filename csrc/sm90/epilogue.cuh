@@ -117,4 +117,14 @@ __device__ __forceinline__ void store_columns(uint32_t staging, const RowBlock<E
   __syncwarp();
 }
 
+// All columns of a tile, up to 64 at a time; pair(i) gives the values at accumulators 2 i and 2 i + 1.
+template <int kColumns, int kFirst = 0, typename Element, typename PairAt>
+__device__ __forceinline__ void store_tile(uint32_t staging, const RowBlock<Element>& block, int column, int width,
+                                           const PairAt& pair) {
+  constexpr int count = kColumns - kFirst < kStagingColumns ? kColumns - kFirst : kStagingColumns;
+  store_columns<count>(staging, block, column + kFirst, width,
+                       [&](int i, int q) { return pair(kFirst / 4 + 4 * i + q); });
+  if constexpr (kFirst + count < kColumns) store_tile<kColumns, kFirst + count>(staging, block, column, width, pair);
+}
+
 }  // namespace dit_moe::sm90

@@ -51,8 +51,8 @@ cudaError_t launch(const Problem& problem, int multiprocessors) {
   error = make_map(&map_b, problem.w, is_bf16, C::kTransposed ? columns : problem.depth,
                    C::kTransposed ? problem.depth : columns, problem.num_experts, C::kBoxRows);
   if (error != cudaSuccess) return error;
-  const auto kernel = grouped_gemm_kernel<C>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kDynamicBytes);
+  const auto kernel = grouped_gemm_kernel<Block<C>>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::Layout::kDynamicBytes);
   if (error != cudaSuccess) return error;
 
   const int64_t clusters = std::min<int64_t>(tiles_m * tiles_n, multiprocessors / C::kCluster);
@@ -62,16 +62,16 @@ cudaError_t launch(const Problem& problem, int multiprocessors) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * C::kCluster));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = C::kDynamicBytes;
+  config.dynamicSmemBytes = C::Layout::kDynamicBytes;
   config.stream = problem.stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  const Arguments arguments{problem.offsets,
-                            problem.out,
-                            problem.h,
-                            static_cast<int>(problem.num_experts),
-                            static_cast<int>(problem.depth),
-                            static_cast<int>(problem.width)};
+  const GroupedArguments arguments{problem.offsets,
+                                   problem.out,
+                                   problem.h,
+                                   static_cast<int>(problem.num_experts),
+                                   static_cast<int>(problem.depth),
+                                   static_cast<int>(problem.width)};
   return cudaLaunchKernelEx(&config, kernel, map_a, map_b, arguments);
 }
 

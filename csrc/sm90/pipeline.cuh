@@ -1,0 +1,154 @@
+// What the grouped products have in common: a block is one producer warpgroup, which fills a ring of shared-memory
+// stages, and two consumer warpgroups, which multiply 64 rows of a tile each and store their results. Blocks stay and
+// stride over the output tiles; while the consumers store one tile, the producer already loads the next. Two blocks may
+// form a cluster, in which each fetches half of an operand for both.
+#pragma once
+
+#include "epilogue.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace dit_moe::sm90 {
+
+constexpr int kGroupThreads = 128;  // a warpgroup
+constexpr int kThreads = 3 * kGroupThreads;
+constexpr int kTileK = 64;  // elements of one swizzled row
+constexpr int kMaxStages = 6;
+constexpr int kMaxSharedBytes = 227 * 1024;  // of a Hopper block
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
+
+// Shared memory of a block: stages of two operands, staging buffers for the results, barriers.
+template <int kBytesA_, int kBytesB_>
+struct SharedLayout {
+  static constexpr int kBytesA = kBytesA_;
+  static constexpr int kStageBytes = kBytesA_ + kBytesB_;
+  static constexpr int kOtherBytes = 8 * kStagingBytes + 2 * kMaxStages * 8 + 1024;  // with room to align the base
+  static constexpr int kFitting = (kMaxSharedBytes - kOtherBytes) / kStageBytes;
+  static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
+  static constexpr int kStagingAt = kStages * kStageBytes;
+  static constexpr int kBarriersAt = kStagingAt + 8 * kStagingBytes;
+  static constexpr int kDynamicBytes = kStages * kStageBytes + kOtherBytes;
+};
+
+// A place in the ring of stages. The phase flips on each round.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// L is a SharedLayout.
+template <class L, int kCluster>
+class Pipeline {
+ public:
+  __device__ __forceinline__ void init_barriers() const {
+    constexpr int consumer_arrivals = 2 * (kGroupThreads / 32) * kCluster;
+    for (int stage = 0; stage < L::kStages; ++stage) {
+      barrier_init(full(stage), 1);
+      barrier_init(empty(stage), consumer_arrivals);
+    }
+    barrier_init_fence();
+  }
+
+ protected:
+  using StageRing = Ring<L::kStages>;
+
+  explicit __device__ __forceinline__ Pipeline(uint32_t shared) : shared_(shared) {}
+
+  __device__ __forceinline__ uint32_t stage_a(int stage) const { return shared_ + stage * L::kStageBytes; }
+  __device__ __forceinline__ uint32_t stage_b(int stage) const { return stage_a(stage) + L::kBytesA; }
+  __device__ __forceinline__ uint32_t full(int stage) const { return shared_ + L::kBarriersAt + stage * 8; }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage) + L::kStages * 8; }
+  __device__ __forceinline__ uint32_t staging(int warp) const { return shared_ + L::kStagingAt + warp * kStagingBytes; }
+  // Asked of the hardware where it is needed: consumers have no register to keep it in.
+  static __device__ __forceinline__ int rank() { return kCluster > 1 ? static_cast<int>(cluster_rank()) : 0; }
+
+  // The producer's part of a tile: copy(stage, step) starts the copies of a K step into a free stage.
+  template <typename Copy>
+  __device__ __forceinline__ void fill(StageRing& ring, int steps, const Copy& copy) const {
+    for (int step = 0; step < steps; ++step) {
+      barrier_wait(empty(ring.stage), ring.phase ^ 1);
+      barrier_arrive_expect(full(ring.stage), L::kStageBytes);
+      copy(ring.stage, step);
+      ring.advance();
+    }
+  }
+
+  // A consumer's part: multiply(stage, step) starts the products of a K step. The first consumer leads the second by
+  // `lead` steps (0: not from here on), so that their epilogues do not coincide.
+  template <int kCount, typename Multiply>
+  __device__ __forceinline__ void drain(StageRing& ring, int steps, int group, int lead, float (&accumulators)[kCount],
+                                        const Multiply& multiply) const {
+    if (group == 1 && lead > 0) named_barrier_wait();
+    int previous = 0;
+    for (int step = 0; step < steps; ++step) {
+      barrier_wait(full(ring.stage), ring.phase);
+      mma_fence();
+      multiply(ring.stage, step);
+      mma_commit();
+      mma_wait<1>();
+      if (step > 0) release(previous);
+      previous = ring.stage;
+      ring.advance();
+      if (group == 0 && step + 1 == lead) named_barrier_arrive();
+    }
+    mma_wait<0>();
+    pin(accumulators);
+    release(previous);
+  }
+
+ private:
+  // Each warp for itself, to every block that fills this stage.
+  __device__ __forceinline__ void release(int stage) const {
+    const unsigned lane = threadIdx.x % 32;
+    if constexpr (kCluster > 1) {
+      if (lane < kCluster) barrier_arrive_remote(empty(stage), lane);
+    } else {
+      if (lane == 0) barrier_arrive(empty(stage));
+    }
+  }
+
+  static __device__ __forceinline__ void named_barrier_wait() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+  static __device__ __forceinline__ void named_barrier_arrive() { asm volatile("bar.arrive 1, 256;" ::: "memory"); }
+
+  uint32_t shared_;
+};
+
+// Block is a Pipeline with produce(), for one thread, and consume(group).
+template <class Block>
+__global__ void __launch_bounds__(kThreads, 1)
+    grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+                        const __grid_constant__ typename Block::Arguments arguments) {
+  extern __shared__ uint8_t dynamic_shared[];
+  const uint32_t shared = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
+  const Block block(map_a, map_b, arguments, shared);
+  if (threadIdx.x == 0) {
+    prefetch_map(&map_a);
+    prefetch_map(&map_b);
+    block.init_barriers();
+  }
+  if constexpr (Block::kCluster > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);  // known to be the same for a warp
+  if (group == 0) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) block.produce();
+    __syncwarp();
+  } else {
+    take_registers<kConsumerRegisters>();
+    block.consume(group - 1);
+  }
+  if constexpr (Block::kCluster > 1) cluster_sync();  // the other may still write here and arrive at barriers here
+}
+
+}  // namespace dit_moe::sm90
