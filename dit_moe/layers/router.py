@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,8 @@ class TopKRouter(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k: got {top_k}, expected 1 to num_experts = {num_experts}")
         self.num_experts, self.top_k, self.backend = num_experts, top_k, backend
+        # Called with the topk_ids of every call, inside compiled code and CUDA graphs too: see dit_moe.analysis.
+        self.observer: Callable[[Tensor], object] | None = None
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -61,6 +64,8 @@ class TopKRouter(nn.Module):
         """Route (T, D) tokens of any float dtype; the logits are computed in fp32, also under autocast."""
         logits_TE = router_logits(x_TD, self.weight, backend=self.backend)
         weights_TK, ids_TK, probs_TE = topk_softmax(logits_TE, self.top_k, backend=self.backend)
+        if self.observer is not None:
+            self.observer(ids_TK)
         # The ids are our own, so they need no check, which on the CPU would read them back.
         plan = make_routing_plan(ids_TK, self.num_experts, validate=False, backend=self.backend)
         return Routing(weights_TK, ids_TK, probs_TE, plan)

@@ -1,0 +1,9 @@
+"""What the experts do: counts of their choices while a model samples, statistics, figures and a report.
+
+The recorder needs nothing but torch; figures and report need the extra `analysis` (matplotlib, jinja2).
+"""
+
+from .counts import ExpertCounts, IncompleteCountsError
+from .recorder import ExpertRecorder, RecordSizes, record_experts
+
+__all__ = ["ExpertCounts", "ExpertRecorder", "IncompleteCountsError", "RecordSizes", "record_experts"]
