@@ -22,7 +22,7 @@ from .layers import (
     modulate,
     sincos_pos_embed,
 )
-from .layers.init import zero_
+from .layers.init import reset_all_parameters, zero_
 
 
 class MoEAux(NamedTuple):
@@ -131,18 +131,16 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, config.hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, config.out_channels)
-        self._reset_pos_embed()
+        self.reset_pos_embed()
 
     def reset_parameters(self) -> None:
         """Give every parameter a fresh value, for instance after `to_empty` of a model built on the meta device."""
-        # Children come after their parents in modules(): reversed, each parent has the last word on its children.
-        for module in reversed(list(self.modules())):
-            reset = getattr(module, "reset_parameters", None)
-            if module is not self and reset is not None:
-                reset()
-        self._reset_pos_embed()
+        for child in self.children():
+            reset_all_parameters(child)
+        self.reset_pos_embed()
 
-    def _reset_pos_embed(self) -> None:
+    def reset_pos_embed(self) -> None:
+        """Give the fixed position embeddings, which no layer owns, their values."""
         with torch.no_grad():
             pos_embed = sincos_pos_embed(self.config.hidden_size, self.config.input_size // self.config.patch_size)
             self.pos_embed.copy_(pos_embed)

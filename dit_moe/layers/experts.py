@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from dit_moe_kernels import RoutingPlan, expert_ffn
 from torch import Tensor, nn
@@ -43,9 +45,19 @@ class GroupedExperts(nn.Module):
         xavier_uniform_stacked_(self.w13, parts=2)
         xavier_uniform_stacked_(self.w2)
 
-    def forward(self, x_TD: Tensor, topk_weights_TK: Tensor, plan: RoutingPlan) -> Tensor:
-        """Send each token through its experts and sum their outputs by weight: (T, D) -> (T, D)."""
-        return expert_ffn(x_TD, self.w13, self.w2, topk_weights_TK, plan, backend=self.backend)
+    def forward(
+        self,
+        x_TD: Tensor,
+        topk_weights_TK: Tensor,
+        plan: RoutingPlan,
+        beside: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Send each token through its experts and sum their outputs by weight: (T, D) -> (T, D).
+
+        `beside` computes what is to be added, the shared expert; experts that wait for other ranks do so meanwhile.
+        """
+        out_TD = expert_ffn(x_TD, self.w13, self.w2, topk_weights_TK, plan, backend=self.backend)
+        return out_TD if beside is None else out_TD + beside()
 
     def extra_repr(self) -> str:
         num_experts, hidden_size, expert_hidden_size = self.w2.shape

@@ -31,3 +31,12 @@ def zero_(module: nn.Module) -> None:
     """Zero every parameter, in place."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
+
+
+def reset_all_parameters(module: nn.Module) -> None:
+    """Fresh values for all parameters of a module, for instance after `to_empty` of one built on the meta device."""
+    # Children come after their parents in modules(): reversed, each parent has the last word on its children.
+    for part in reversed(list(module.modules())):
+        reset = getattr(part, "reset_parameters", None)
+        if reset is not None:
+            reset()

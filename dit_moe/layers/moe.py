@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import SHARED_EXPERTS
-from ..losses import balance_loss
+from ..losses import balance_loss, global_balance_loss
 from .experts import GroupedExperts
 from .mlp import Mlp, SwiGLU
 from .router import TopKRouter
@@ -19,7 +21,8 @@ class MoEOutput(NamedTuple):
 
     hidden: (..., D), the layer's output.
     balance_loss: () fp32 (fp64 for fp64 inputs), over the tokens of this call; the caller adds it to the training loss.
-    tokens_per_expert: (E,) int32, how many of the T * K choices fell on each expert.
+        With a `count_group`, this rank's share of the loss over the tokens of all its ranks: their mean is that loss.
+    tokens_per_expert: (E,) int32, how many of the T * K choices fell on each expert; over all ranks of a `count_group`.
     """
 
     hidden: Tensor
@@ -85,6 +88,8 @@ class MoEFeedForward(nn.Module):
                 raise ValueError(f"{name}: got {value}, expected 0 or more")
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         self.hidden_size, self.balance_alpha = hidden_size, balance_alpha
+        self.count_group: dist.ProcessGroup | None = None
+        """Ranks over whose tokens the balance loss is taken; None: this rank's own. `dit_moe.parallel` sets it."""
         self.gate = TopKRouter(hidden_size, num_experts, top_k, **options)
         self.experts = GroupedExperts(hidden_size, expert_hidden_size, num_experts, **options)
         self.shared_experts: SwiGLU | Mlp | None = None
@@ -108,11 +113,15 @@ class MoEFeedForward(nn.Module):
         """
         x_TD = self._tokens("x", x)
         routing = self.gate(x_TD if router_x is None else self._tokens("router_x", router_x, like=x))
-        hidden_TD = self.experts(x_TD, routing.topk_weights, routing.plan)
-        if self.shared_experts is not None:
-            hidden_TD = hidden_TD + self.shared_experts(x_TD)
-        tokens_per_expert_E = routing.plan.tokens_per_expert
-        loss = balance_loss(routing.probs, tokens_per_expert_E, self.gate.top_k, self.balance_alpha)
+        counts = _Counts(routing.plan.tokens_per_expert, self.count_group)
+        beside = None if self.shared_experts is None else partial(self.shared_experts, x_TD)
+        hidden_TD = self.experts(x_TD, routing.topk_weights, routing.plan, beside)
+        tokens_per_expert_E = counts.total()
+        if self.count_group is None:
+            loss = balance_loss(routing.probs, tokens_per_expert_E, self.gate.top_k, self.balance_alpha)
+        else:
+            ranks = self.count_group.size()
+            loss = global_balance_loss(routing.probs, tokens_per_expert_E, self.gate.top_k, self.balance_alpha, ranks)
         return MoEOutput(hidden_TD.view(x.shape), loss, tokens_per_expert_E)
 
     def _tokens(self, name: str, x: Tensor, like: Tensor | None = None) -> Tensor:
@@ -127,3 +136,19 @@ class MoEFeedForward(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, balance_alpha={self.balance_alpha}"
+
+
+class _Counts:
+    """tokens_per_expert summed over a group's ranks, on its way while the experts run; without a group, as it is."""
+
+    def __init__(self, tokens_per_expert_E: Tensor, group: dist.ProcessGroup | None) -> None:
+        self._counts, self._work = tokens_per_expert_E, None
+        if group is not None:
+            self._counts = tokens_per_expert_E.clone()
+            self._work = dist.all_reduce(self._counts, group=group, async_op=True)
+
+    def total(self) -> Tensor:
+        """(E,) int32; on a GPU the stream waits for it, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        return self._counts

@@ -30,7 +30,7 @@ LEVELS = {
         {"layers"},
         {"model"},
         {"presets", "flops"},
-        {"checkpoint", "sampling", "upcycle", "data"},
+        {"checkpoint", "sampling", "upcycle", "data", "parallel"},
         {"images", "vae", "training"},
         {"metrics", "runs"},
         {"evaluate", "demo"},

@@ -1,0 +1,16 @@
+"""Training on many devices: data parallelism by DDP or FSDP2, and experts spread over ranks, over torch.distributed."""
+
+from .apply import parallelize, unwrap
+from .config import ParallelConfig
+from .optim import clip_grad_norm_, optimizer_groups
+from .state import full_state_dict, local_tensor
+
+__all__ = [
+    "ParallelConfig",
+    "clip_grad_norm_",
+    "full_state_dict",
+    "local_tensor",
+    "optimizer_groups",
+    "parallelize",
+    "unwrap",
+]
