@@ -8,6 +8,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -79,26 +80,24 @@ def _replicate(model: DiT, device: torch.device) -> DistributedDataParallel:
 
 
 def _shard_block(block: DiTBlock, config: ParallelConfig, meshes: Meshes, dtype: torch.dtype) -> None:
-    """FSDP2 of one block: the router apart in fp32, experts that are spread already over the ranks that share them."""
-    reshard, policy, wide = config.reshard_after_forward, _policy(dtype), _policy(torch.float32)
+    """FSDP2 of one block, inner modules first: each call gathers together what the calls before have not taken."""
+
+    def shard(module: nn.Module, over: DeviceMesh, dtype: torch.dtype, first_dim: int = 0) -> None:
+        fully_shard(
+            module,
+            mesh=over,
+            reshard_after_forward=config.reshard_after_forward,
+            shard_placement_fn=_even_placement(over.size(), first_dim),
+            mp_policy=_policy(dtype),
+        )
+
     if block.is_moe:
         if dtype != torch.float32:
-            fully_shard(block.moe.gate, mesh=meshes.all, reshard_after_forward=reshard, mp_policy=wide)
+            shard(block.moe.gate, meshes.all, torch.float32)  # the router decides in fp32
         if config.expert_parallel > 1:
-            fully_shard(
-                block.moe.experts,
-                mesh=meshes.data,
-                reshard_after_forward=reshard,
-                mp_policy=policy,
-                shard_placement_fn=_even_placement(meshes.data.size(), first_dim=1),
-            )
-    fully_shard(
-        block,
-        mesh=meshes.all,
-        reshard_after_forward=reshard,
-        mp_policy=policy,
-        shard_placement_fn=_even_placement(meshes.all.size(), first_dim=0),
-    )
+            shard(block.moe.experts, meshes.data, dtype, first_dim=1)  # the first is cut over the expert mesh
+    shard(block.adaLN_modulation, meshes.all, dtype)  # the model runs those of all blocks before the first block
+    shard(block, meshes.all, dtype)
 
 
 def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
