@@ -47,7 +47,7 @@ def save_run(trainer: Trainer, folder: str | os.PathLike) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in trainer.state().items()}
     with written_aside(folder / STATE_FILE) as aside:
         save_file(tensors, aside, metadata={"format": "pt", _RECORD: json.dumps(record)})
-    save_model(trainer.ema, folder / MODEL_FILE)
+    save_model(trainer.averaged_model(), folder / MODEL_FILE)
     save_class_names(trainer.data.class_names, folder)
 
 

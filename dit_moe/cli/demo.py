@@ -69,13 +69,14 @@ def demo(
         start = time.perf_counter()
         train_with_progress(trainer, console, report_every=max(1, plan.training.steps // 10), on_report=on_report)
         trained = time.perf_counter() - start
-        save_model(trainer.ema, out / MODEL_FILE)
+        averaged = trainer.averaged_model()
+        save_model(averaged, out / MODEL_FILE)
         save_class_names(data.class_names, out)
         console.print(
             f"loss {reports[0].loss:.4f} -> {reports[-1].loss:.4f} in {plan.training.steps} steps, {trained:.0f} s"
         )
         print_expert_load(console, reports[-1].expert_load)
-        _sample(console, trainer.ema, plan, data, target, out)
+        _sample(console, averaged, plan, data, target, out)
 
 
 def _sample(console: Console, model: DiT, plan: DemoPlan, data: ImageDataset, device: torch.device, out: Path) -> None:

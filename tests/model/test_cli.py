@@ -108,6 +108,16 @@ def test_train_reports_and_saves(folder: Path, tmp_path: Path) -> None:
     assert json.loads((out / "classes.json").read_text()) == ["cat", "dog"]
 
 
+def test_train_takes_objective_and_memory_options(folder: Path, tmp_path: Path) -> None:
+    text = run(
+        "train", "--data", folder, "--image-size", 8, "--out", tmp_path / "run", "--steps", 3, "--batch-size", 8,
+        "--objective", "ddpm", "--dtype", "bf16-weights", "--micro-batches", 2, "--recompute-blocks", 1, "--moments",
+        "bf16", "--ema-dtype", "bf16", "--ema-device", "cpu", "--ema-every", 2, *TINY
+    )  # fmt: skip
+    assert "bf16-weights on cpu" in text
+    assert load_model(tmp_path / "run" / "model.safetensors").config.learn_sigma
+
+
 def test_resume_equals_an_unbroken_run(folder: Path, tmp_path: Path) -> None:
     common = ["train", "--data", folder, "--image-size", 8, "--batch-size", 8, *TINY]
     run(*common, "--out", tmp_path / "whole", "--steps", 5)

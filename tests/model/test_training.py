@@ -9,15 +9,15 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from dit_moe_kernels import use_backend
 from torch import Tensor
 
-from dit_moe import DiT, DiTConfig, load_model
+from dit_moe import DiT, load_model
 from dit_moe.checkpoint import CheckpointError
-from dit_moe.data import ImageDataset
 from dit_moe.runs import (
     METRICS_FILE,
     MODEL_FILE,
@@ -30,35 +30,7 @@ from dit_moe.runs import (
 )
 from dit_moe.training import Trainer, TrainingDivergedError, TrainingReport, TrainingSettings
 
-CONFIG = DiTConfig(
-    input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, mlp_ratio=2.0, num_experts=4,
-    num_shared_experts=1, num_classes=2, learn_sigma=False,
-)  # fmt: skip
-SETTINGS = TrainingSettings(steps=12, batch_size=8, learning_rate=3e-3, warmup_steps=2, schedule="cosine", seed=5)
-
-
-def bars(count: int = 32) -> ImageDataset:
-    """Two easy classes: the left or the right half is bright."""
-    class_ids = torch.arange(count) % 2
-    images = torch.zeros(count, 1, 8, 8, dtype=torch.uint8)
-    images[class_ids == 0, :, :, :4] = 255
-    images[class_ids == 1, :, :, 4:] = 255
-    return ImageDataset("bars", images, class_ids, ("left", "right"))
-
-
-def trainer(settings: TrainingSettings = SETTINGS, config: DiTConfig = CONFIG) -> Trainer:
-    torch.manual_seed(0)
-    return Trainer(DiT(config), bars(), settings)
-
-
-def weights(run: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in run.state().items()}
-
-
-def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
+from .training_cases import CONFIG, SETTINGS, assert_equal, bars, first, trainer, weights
 
 
 def test_step_agrees_with_a_plain_one() -> None:
@@ -68,7 +40,7 @@ def test_step_agrees_with_a_plain_one() -> None:
     with torch.no_grad():  # a fresh model predicts zero and has hardly a gradient
         for param in run.model.parameters():
             param.add_(torch.randn_like(param) * 0.05)
-    plain, first_ema = copy.deepcopy(run.model), copy.deepcopy(run.ema.state_dict())
+    plain, first_ema = copy.deepcopy(run.model), copy.deepcopy(run.averaged_model().state_dict())
     seen: dict[str, Tensor] = {}
     run.model.register_forward_pre_hook(
         lambda module, args: seen.update(zip(("z", "t", "y"), (a.clone() for a in args), strict=True))
@@ -82,6 +54,7 @@ def test_step_agrees_with_a_plain_one() -> None:
     x = torch.where((column >= 4) == (side == 1), 1.0, -1.0).expand_as(seen["z"])
     noise = (seen["z"] - (1 - t) * x) / t
     assert abs(noise.std() - 1) < 0.15 and abs(noise.mean()) < 0.15
+    assert run.model.training
     velocity, aux = plain(seen["z"], seen["t"], seen["y"], return_aux=True)
     loss = ((velocity - (noise - x)) ** 2).mean()
     (loss + aux.balance_loss).backward()
@@ -92,7 +65,11 @@ def test_step_agrees_with_a_plain_one() -> None:
     assert report.loss == pytest.approx(loss.item(), rel=1e-4)
     assert report.grad_norm == pytest.approx(norm, rel=1e-4)
     assert report.balance_loss == pytest.approx(aux.balance_loss.item(), rel=1e-4)
-    lr, now, ema = settings.learning_rate, dict(run.model.named_parameters()), dict(run.ema.named_parameters())
+    lr, now, ema = (
+        settings.learning_rate,
+        dict(run.model.named_parameters()),
+        dict(run.averaged_model().named_parameters()),
+    )
     for name, param in params.items():
         grad = param.grad * settings.grad_clip / norm
         expected = param * (1 - lr * 0.1) - lr * grad / (grad.abs() + 1e-8)  # AdamW's first step
@@ -119,7 +96,7 @@ def test_same_seed_same_weights() -> None:
         torch.manual_seed(index)  # the caller's generator must not matter
         run.run()
     assert_equal(weights(runs[0]), weights(runs[1]))
-    assert not torch.equal(runs[0].parameters[0], runs[2].parameters[0])
+    assert not torch.equal(first(runs[0]), first(runs[2]))
 
 
 def test_run_leaves_the_global_generator_alone() -> None:
@@ -182,7 +159,7 @@ def test_saved_model_is_the_average(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / MODEL_FILE)
     assert loaded.config == CONFIG
     for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, run.ema.state_dict()[name]), name
+        assert torch.equal(tensor, run.averaged_model().state_dict()[name]), name
     assert class_names_beside(tmp_path / MODEL_FILE) == ("left", "right")
     assert class_names_beside(tmp_path / "deeper" / "x") == ()
 
@@ -219,9 +196,27 @@ def test_metrics_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
 def test_divergence_is_an_error() -> None:
     run = trainer()
     with torch.no_grad():
-        run.parameters[0].fill_(float("nan"))
-    with pytest.raises(TrainingDivergedError, match="no longer finite"):
+        first(run).fill_(float("nan"))
+    with pytest.raises(TrainingDivergedError, match="step 1: the loss and the balance loss is no longer finite"):
         run.run(report_every=3)
+
+
+def test_divergence_names_step_and_tensor_and_leaves_the_weights() -> None:
+    run = trainer()
+    run.run(until=3)
+    before = weights(run)
+    chosen = run.parameters["blocks.1.moe.experts.w13"]
+    hook = chosen.register_hook(lambda grad: grad * float("inf") if run.step == 4 else grad)
+    run.train_step()
+    good = weights(run)
+    with pytest.raises(TrainingDivergedError) as error:
+        run.run(until=7)
+    hook.remove()
+    text = str(error.value)
+    assert "step 5: the gradient of blocks.1.moe.experts.w13 is no longer finite; 1 of " in text
+    assert not torch.equal(before["model.blocks.1.moe.experts.w13"], good["model.blocks.1.moe.experts.w13"])
+    assert all(tensor.isfinite().all() for tensor in run.state().values())
+    assert run.optimizer.updates.item() == 6  # of 7 steps
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -254,7 +249,7 @@ def test_bf16_autocast_keeps_fp32_weights() -> None:
     run = trainer(replace(SETTINGS, dtype="bf16", flip=True))
     reports: list[TrainingReport] = []
     run.run(on_report=reports.append)
-    assert all(param.dtype == torch.float32 for param in run.parameters)
+    assert all(param.dtype == torch.float32 for param in run.parameters.values())
     assert math.isfinite(reports[-1].loss)
 
 
@@ -272,11 +267,20 @@ def test_checks() -> None:
 
 
 @pytest.mark.gpu
-def test_step_does_not_wait_for_the_gpu() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "bf16", "micro_batches": 2, "flip": True},
+        {"dtype": "bf16-weights", "moments": "bf16", "ema_dtype": "bf16", "recompute_blocks": 1, "micro_batches": 2},
+        {"objective": "ddpm", "dtype": "bf16-weights"},
+    ],
+    ids=["fp32", "bf16", "bf16-weights", "ddpm"],
+)
+def test_step_does_not_wait_for_the_gpu(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     with use_backend("triton"):
-        run = Trainer(DiT(replace(CONFIG, hidden_size=64)), bars(), SETTINGS, "cuda")
-        run.model.train()
+        run = Trainer(DiT(replace(CONFIG, hidden_size=64)), bars(), replace(SETTINGS, **options), "cuda")
         run.train_step()  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -1,0 +1,72 @@
+"""AveragedWeights: the exponential moving average that sampling uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .rounding import round_stochastically_
+from .shards import local_part
+
+_CHUNK = 64
+
+
+class AveragedWeights:
+    """Averages of named weights, on their device or in the host's memory.
+
+    Args:
+        weights: name -> fp32 weight, the same live tensors at each update.
+        dtype: of the averages; torch.bfloat16 is rounded stochastically.
+        device: "model" or "cpu".
+        every: steps from one update to the next.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, device: str = "model", every: int = 1
+    ) -> None:
+        self._weights = dict(weights)
+        self.every = every
+        self.tensors = {
+            name: torch.empty_like(
+                weight, dtype=dtype, device="cpu" if device == "cpu" else weight.device, requires_grad=False
+            )
+            for name, weight in self._weights.items()
+        }
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start the averages at the weights."""
+        for name, average in self.tensors.items():
+            local_part(average).copy_(local_part(self._weights[name]))
+
+    @torch.no_grad()
+    def update(self, step: int, decays: list[float], generator: torch.Generator | None = None) -> None:
+        """average = decay * average + (1 - decay) * weight, in steps that `every` divides.
+
+        Args:
+            step: steps done, this one included.
+            decays: of this step and of the every - 1 before it.
+            generator: source of stochastic rounding, on the averages' device.
+        """
+        if step % self.every:
+            return
+        share = 1.0
+        for decay in decays:
+            share *= decay
+        names = list(self.tensors)
+        for start in range(0, len(names), _CHUNK):
+            self._update(names[start : start + _CHUNK], 1 - share, generator)
+
+    def _update(self, names: list[str], share: float, generator: torch.Generator | None) -> None:
+        averages = [local_part(self.tensors[name]) for name in names]
+        weights = [local_part(self._weights[name]) for name in names]
+        if averages[0].device != weights[0].device:
+            weights = [weight.to(averages[0].device) for weight in weights]
+        if averages[0].dtype == torch.float32:
+            torch._foreach_lerp_(averages, weights, share)
+            return
+        for average, weight in zip(averages, weights, strict=True):
+            round_stochastically_(average, average.float().lerp_(weight, share), generator)
