@@ -1,7 +1,8 @@
 """dit_moe_kernels: dropless mixture-of-experts ops for PyTorch, as Triton and CUDA kernels with a plain reference.
 
 Ops, in the order of a layer: router_logits, topk_softmax, make_routing_plan, then either the fused expert_ffn or the
-unfused permute, grouped_gemm, swiglu, grouped_gemm, unpermute. All are torch.library ops with autograd.
+unfused permute, grouped_gemm, swiglu, grouped_gemm, unpermute. Around attention and experts: norm_modulate,
+residual_norm_modulate and qk_norm. All are torch.library ops with autograd.
 count_routing keeps histograms of which experts were chosen where, for analysis.
 """
 
@@ -11,7 +12,9 @@ from .counting import RoutingCounts, count_routing
 from .errors import BackendUnavailableError, KernelError
 from .expert_ffn import expert_ffn
 from .grouped_gemm import grouped_gemm
+from .norm_modulate import norm_modulate, residual_norm_modulate
 from .permute import permute, unpermute
+from .qk_norm import qk_norm
 from .router import router_logits, topk_softmax
 from .routing import RoutingPlan, make_routing_plan
 
@@ -27,8 +30,11 @@ __all__ = [
     "expert_ffn",
     "grouped_gemm",
     "make_routing_plan",
+    "norm_modulate",
     "op_families",
     "permute",
+    "qk_norm",
+    "residual_norm_modulate",
     "router_logits",
     "swiglu",
     "topk_softmax",

@@ -27,6 +27,7 @@ _PREFERENCE = {
     "permute": ("cuda", "triton", "reference"),
     "grouped_gemm": ("cuda", "triton", "reference"),
     "swiglu": ("triton", "reference"),
+    "norm": ("triton", "reference"),
     "expert_ffn": ("cuda", "triton", "reference"),
 }
 _PRODUCTS = ("grouped_gemm", "expert_ffn")  # families whose CUDA kernels ask for more than the others'

@@ -52,7 +52,11 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a product with this tensor runs: autocast's where autocast is on, else the tensor's own."""
-    device = tensor.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+    return product_dtype(tensor.device.type, tensor.dtype)
+
+
+def product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The same for any tensor of this device type and dtype."""
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return tensor.dtype
+    return dtype

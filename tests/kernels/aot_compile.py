@@ -20,7 +20,9 @@ from dit_moe_kernels.triton_impl import (
     expert_ffn,
     grouped_gemm,
     grouped_gemm_dw,
+    norm_modulate,
     permute,
+    qk_norm,
     router,
     routing,
     swiglu,
@@ -29,7 +31,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tma": "cp.async.bulk.tensor", "cp_async": "cp.async.cg"}
+INSTRUCTIONS = {
+    "wgmma": "wgmma.mma_async",
+    "mma": "mma.sync",
+    "tma": "cp.async.bulk.tensor",
+    "cp_async": "cp.async.cg",
+    "barrier": "bar.sync",
+    "vector_load": "ld.global.v4.b32",
+}
 _case: dict[str, str] = {}  # what launch_everything is at, for the descriptions
 
 
@@ -117,11 +126,30 @@ def launch_everything(dtype: torch.dtype) -> None:
         permute.unpermute_backward(x, y, weights, plan.row_to_slot)
         swiglu.swiglu(h)
         swiglu.swiglu_backward(a, h)
+    for width, heads in [(384, 6), (1152, 16), (1408, 16), (66, 2)]:
+        _case["case"] = f"norms, width {width}"
+        launch_norms(torch.zeros(2, 8, width, dtype=dtype), torch.zeros(2, 8, 3, heads, width // heads, dtype=dtype))
     for tile_rows in sorted(set(configs.TILE_ROWS) - {16, 128}):
         _case["case"] = f"{tile_rows} rows, width 128"
         plan = make_routing_plan(torch.zeros(64, 1, dtype=torch.int32), 4, tile_rows=tile_rows, backend="reference")
         tiles = (plan.expert_offsets, plan.tile_expert, plan.tile_row, tile_rows)
         grouped_gemm.grouped_gemm(torch.zeros(64, 128, dtype=dtype), torch.zeros(4, 256, 128, dtype=dtype), *tiles)
+
+
+def launch_norms(x: torch.Tensor, qkv: torch.Tensor) -> None:
+    """The norms around attention and experts, with and without a residual."""
+    vectors = torch.zeros(2, 3, x.shape[2], dtype=x.dtype)
+    gate, shift, scale = vectors.unbind(1)
+    residual = {"gate": gate, "y": x}
+    norm_modulate.norm_modulate(x, shift, scale, 1e-6, x.dtype)
+    norm_modulate.norm_modulate(x, shift, scale, 1e-6, x.dtype, **residual, total=x)
+    norm_modulate.norm_modulate_backward(x, x, scale, 1e-6, x, gate, gate)
+    norm_modulate.norm_modulate_backward(x, x, scale, 1e-6, x, gate, gate, **residual, dsum=x, dy=x, dgate=gate)
+    q, k, _ = qkv.flatten(0, 1).unbind(1)
+    weight = torch.zeros(q.shape[-1], dtype=x.dtype)
+    out = q.contiguous()
+    qk_norm.qk_norm(q, k, [weight] * 4, 1e-6, out, out)
+    qk_norm.qk_norm_backward(out, out, q, k, weight, weight, 1e-6, out, out)
 
 
 if __name__ == "__main__":

@@ -80,3 +80,15 @@ def test_fp32_products_are_not_rounded_to_tf32():
     for variant in variants:
         assert variant["constants"].get("PRECISION") != "tf32", variant
         assert variant["kernel"] not in GEMMS or not (variant["mma"] or variant["wgmma"]), variant
+
+
+def test_norms_keep_a_row_in_its_warp():
+    """16-bit rows of the model's widths: 16-byte loads, and forward no barrier, since no row is shared by warps."""
+    forward, heads = {"_norm_modulate_kernel"}, {"_qk_norm_kernel", "_qk_norm_backward_kernel"}
+    backward = {"_norm_modulate_backward_kernel", "_modulation_sums_kernel"}
+    for width in (384, 1152, 1408):
+        norms = [v for v in compiled("90", "bf16") if v["case"] == f"norms, width {width}"]
+        assert {v["kernel"] for v in norms} == forward | backward | heads
+        for variant in norms:
+            assert variant["vector_load"], variant
+            assert not (variant["barrier"] and variant["kernel"] in forward | {"_qk_norm_kernel"}), variant

@@ -40,6 +40,9 @@ def op_samples(target) -> dict[str, tuple]:
     def counter(*shape: int):
         return torch.zeros(shape, dtype=torch.int32, device=target.device)
 
+    def vectors(*shape: int, grad: bool = False):
+        return [rand(*shape, grad=grad) for _ in range(4)]
+
     n = t * k
     weights = make_weights(CASE, target.dtype, target.device)
     return {
@@ -60,6 +63,20 @@ def op_samples(target) -> dict[str, tuple]:
         "grouped_gemm_dw": (rand(n, f), rand(n, d), offsets, name),
         "swiglu": (rand(n, 2 * f, grad=True), name),
         "swiglu_backward": (rand(n, f), rand(n, 2 * f), name),
+        "norm_modulate": (rand(2, 5, d, grad=True), *vectors(2, d, grad=True)[:2], 1e-6, target.dtype, name),
+        "norm_modulate_backward": (rand(2, 5, d), rand(2, 5, d), rand(2, d), 1e-6, target.dtype, name),
+        "residual_norm_modulate": (
+            rand(2, 5, d, grad=True), rand(2, d, grad=True), rand(2, 5, d, grad=True), *vectors(2, d, grad=True)[:2],
+            1e-6, target.dtype, name,
+        ),
+        "residual_norm_modulate_backward": (
+            rand(2, 5, d), rand(2, 5, d), rand(2, 5, d), rand(2, d), rand(2, 5, d), rand(2, d),
+            1e-6, target.dtype, target.dtype, name,
+        ),
+        "qk_norm": (
+            rand(2, 5, 3, 8, grad=True), rand(2, 5, 3, 8, grad=True), *vectors(8, grad=True), 1e-6, target.dtype, name,
+        ),
+        "qk_norm_backward": (*vectors(2, 5, 3, 8), rand(8), rand(8), 1e-6, name),
         "expert_ffn": (
             rand(t, d, grad=True), rand(e, 2 * f, d, grad=True), rand(e, d, f, grad=True),
             weights.clone().requires_grad_(), *whole_plan, True, name,

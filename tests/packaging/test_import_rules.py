@@ -19,9 +19,10 @@ LEVELS = {
     "dit_moe_kernels": (
         {"errors", "checks", "configs", "library", "flops"},
         {"reference"},
+        {"reference_norm"},
         {"triton_impl", "cuda_impl"},
         {"backends"},
-        {"routing", "router", "activation", "counting"},
+        {"routing", "router", "activation", "counting", "norm_modulate", "qk_norm"},
         {"permute", "grouped_gemm"},
         {"expert_ffn"},
     ),
