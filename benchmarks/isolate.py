@@ -112,7 +112,7 @@ def run_isolated(job: Job, stall_seconds: float) -> Iterator[list[Row]]:
     """
     first = 0
     while first < len(job.tasks):
-        current, how = {"task": first, "provider": "inputs"}, ""
+        started, current, how = first, {"task": first, "provider": "inputs"}, ""
         for event in _one_worker(job.to_json(first), stall_seconds):
             if "rows" in event:
                 yield [Row(**row) for row in event["rows"]]
@@ -124,7 +124,9 @@ def run_isolated(job: Job, stall_seconds: float) -> Iterator[list[Row]]:
                 how = how or event["end"]
             else:
                 current = event
-        if first < len(job.tasks):
+        # An earlier task of the same worker may have left it in a bad state: the inputs get another try in a fresh one.
+        fresh = current["task"] == started
+        if first < len(job.tasks) and (fresh or current["provider"] != "inputs"):
             _blame(job, current, how)
 
 

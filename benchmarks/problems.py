@@ -155,7 +155,15 @@ class Expected:
         Args:
             results: "out", and with gradients also "x", "gate", "w13" and "w2".
         """
-        for name, wanted in self._wanted.items():
+        return self._first_wrong(results, list(self._wanted))
+
+    def output_complaint(self, out: Tensor) -> str | None:
+        """The same for the output alone, before a backward is tried."""
+        return self._first_wrong({"out": out}, ["out"])
+
+    def _first_wrong(self, results: dict[str, Tensor], names: Sequence[str]) -> str | None:
+        for name in names:
+            wanted = self._wanted[name]
             got = results[name]
             if got.shape != wanted.shape:
                 return f"{name}: got shape {tuple(got.shape)}, expected {tuple(wanted.shape)}"

@@ -20,6 +20,7 @@ from .suites.base import DTYPES
 from .timing import TimingOptions, measure_peaks
 
 _ALIASES = {"bwd": "fwd_bwd"}
+_SHORT_ROUNDS = 9  # of a run without --suite
 _TINY_TIMING = TimingOptions(rounds=3, batch_ms=1.0, min_calls=1, max_calls=2, warmup_ms=0.0)
 
 
@@ -74,6 +75,8 @@ def _run_suite(name: str, tasks: list[Task], options: argparse.Namespace, enviro
 
 def _timing(options: argparse.Namespace) -> TimingOptions:
     default = _TINY_TIMING if options.tiny else TimingOptions()
+    if not options.suite:
+        default = replace(default, rounds=min(default.rounds, _SHORT_ROUNDS))
     return replace(default, rounds=options.rounds or default.rounds, batch_ms=options.batch_ms or default.batch_ms)
 
 

@@ -158,9 +158,20 @@ class CudaClock:
             graph.replay()
             torch.cuda.synchronize()
         except Exception as error:
-            self._pool = torch.cuda.graph_pool_handle()  # a failed capture may leave the old pool unusable
+            self._recover()
             raise NotCapturable(first_line(error)) from error
         return graph.replay
+
+    def _recover(self) -> None:
+        """After a failed capture: a new memory pool, and a capture that succeeds.
+
+        Without the latter torch's random generator believes for good that it is being captured.
+        """
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream):
+            self._flush.zero_()
+        torch.rand(1, device="cuda")  # raises if that did not help
 
     @staticmethod
     def _forbid_waiting(call: Call) -> None:

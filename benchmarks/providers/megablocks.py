@@ -21,8 +21,8 @@ class MegaBlocks:
     """`megablocks.layers.dmoe.ParallelDroplessMLP` with gated experts and its block-sparse products.
 
     Its own router is replaced by an fp32 one, as all providers have. Its Arguments refuse the block-sparse products
-    with Triton 3.2 or newer; the alternative needs another extension, so the refusal is passed over, and the check of
-    the results decides.
+    with Triton 3.2 or newer; the alternative needs another extension, so the refusal is passed over, block numbers are
+    widened (see `stk._pattern`), and the check of the results decides.
     """
 
     name = "megablocks"
@@ -34,18 +34,20 @@ class MegaBlocks:
         )
 
     @property
-    def note(self) -> str | None:
+    def note(self) -> str:
         """Said in the status of its rows."""
-        return "torch stand-in for megablocks_ops" if isinstance(sys.modules.get(_EXTENSION), _StandIn) else None
+        remarks = ["int32 block numbers"]
+        if isinstance(sys.modules.get(_EXTENSION), _StandIn):
+            remarks.append("torch stand-in for megablocks_ops")
+        return ", ".join(remarks)
 
     def build(self, problem: MoEProblem) -> Layer:
         """The module over copies of the problem's weights."""
         if importlib.util.find_spec(_EXTENSION) is None:
             sys.modules[_EXTENSION] = _StandIn()
-        from megablocks.layers.dmoe import ParallelDroplessMLP
 
         shape, flat = problem.shape, flat_weights(problem)
-        experts = ParallelDroplessMLP(_arguments(problem))
+        experts = _dropless_mlp(problem)
         parameters = {name: torch.nn.Parameter(weight.detach()) for name, weight in flat.items()}
         experts.mlp.w1, experts.mlp.v1, experts.mlp.w2 = parameters.values()
 
@@ -55,6 +57,30 @@ class MegaBlocks:
             return experts(x, probs, topk_weights.to(x.dtype), topk_ids)
 
         return Layer(forward, {"gate": problem.gate, **parameters}, lambda grads: stack_grads(grads, shape.num_experts))
+
+
+def _dropless_mlp(problem: MoEProblem):
+    import stk
+    from megablocks.layers.dmoe import ParallelDroplessMLP
+
+    class WideIndices(ParallelDroplessMLP):
+        """The layer with int32 block numbers."""
+
+        def topology(self, x: Tensor, padded_bins: Tensor):
+            """The block pattern of the hidden layer."""
+            narrow = super().topology(x, padded_bins)
+            return stk.Matrix(
+                narrow.size(),
+                narrow.data,
+                narrow.row_indices.int(),
+                narrow.column_indices.int(),
+                narrow.offsets,
+                narrow.column_indices_t.int(),
+                narrow.offsets_t,
+                narrow.block_offsets_t,
+            )
+
+    return WideIndices(_arguments(problem))
 
 
 def _arguments(problem: MoEProblem):

@@ -73,7 +73,11 @@ def _padded_rows(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _pattern(padded_ends: Tensor, total: int, hidden: int, num_experts: int, dtype: torch.dtype) -> tuple:
-    """Arguments of the stk.Matrix whose row block r holds the F columns of its expert, without values."""
+    """Arguments of the stk.Matrix whose row block r holds the F columns of its expert, without values.
+
+    Block numbers are int32 where stk itself makes int16: from Triton 3.2 on its kernels multiply them by the block size
+    without widening, so that int16 wraps from column 32768 on (seen: wrong results, then an illegal access).
+    """
     device, block_rows, per_row = padded_ends.device, total // BLOCK, hidden // BLOCK
     starts = torch.arange(block_rows, device=device) * BLOCK
     expert = torch.searchsorted(padded_ends, starts, right=True)
@@ -85,10 +89,10 @@ def _pattern(padded_ends: Tensor, total: int, hidden: int, num_experts: int, dty
     return (
         (total, num_experts * hidden),
         torch.empty(columns.numel(), BLOCK, BLOCK, dtype=dtype, device="meta"),
-        rows.short(),
-        columns.short(),
+        rows.int(),
+        columns.int(),
         offsets.int(),
-        rows[order].short(),
+        rows[order].int(),
         F.pad(ends_t, (1, 0)).int(),
         order.int(),
     )

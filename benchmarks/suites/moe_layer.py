@@ -74,7 +74,10 @@ def _routed(
     if reason is not None:
         raise Unavailable(reason)
     layers = [provider.build(problem) for problem in problems]
-    complaint = expected.complaint(_results(layers[0], problems[0], task.mode))
+    # The output first: a provider that is wrong there may break the GPU context in its backward.
+    complaint = expected.output_complaint(_results(layers[0], problems[0], "fwd")["out"])
+    if complaint is None and task.mode != "fwd":
+        complaint = expected.complaint(_results(layers[0], problems[0], task.mode))
     if complaint is not None and not context.keep_failed:
         raise WrongResult(complaint)
     return Candidate(

@@ -183,6 +183,17 @@ def test_blame_falls_on_the_provider_that_ran(monkeypatch: pytest.MonkeyPatch) -
     assert restored.skip == {0: {"padded": "failed: code -9"}} and restored.tasks == [TASK, TASK] and index == 0
 
 
+def test_inputs_that_fail_in_a_used_worker_get_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier task may have broken the process; in a fresh worker the blame falls on the inputs themselves."""
+    done = [{"task": index, "rows": [dataclasses.asdict(TASK.template)]} for index in range(2)]
+    workers = iter([[done[0], {"end": "code 1"}], [{"end": "code 1"}], [done[1], {"end": "code 0"}]])
+    monkeypatch.setattr(isolate, "_one_worker", lambda text, stall: next(workers))
+    skips: list[int] = []
+    monkeypatch.setattr(isolate, "_blame", lambda job, current, how: skips.append(current["task"]))
+    assert len(list(isolate.run_isolated(isolate.Job([TASK, TASK], OPTIONS), 10.0))) == 2
+    assert skips == [1]
+
+
 def test_worker_process_that_dies_costs_one_provider(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With processes: a stand-in worker runs a suite whose padded provider kills its process."""
     script = tmp_path / "worker.py"
