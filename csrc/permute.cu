@@ -1,50 +1,56 @@
-// permute (dispatch): gather each row's token; see launch.h.
+// permute (dispatch): copy each token to its rows; see launch.h.
 #include "common.cuh"
 
 namespace dit_moe {
 namespace {
 
-constexpr int kBatch = 4;  // words of a row that a lane has in flight together
+constexpr int kBatch = 4;  // words of a token that a lane has in flight together
 
-// x: (T, words), row_to_slot: (N,), out: (N, words). A copy, so only the word's size matters, not the dtype.
+// x: (T, words), row_to_slot, slot_to_row: (N,), out: (N, words). A copy, so only the word's size matters, not the
+// dtype. It goes by tokens, so that each is read once; a row that no slot owns is cleared by the group that has its
+// number.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
-    permute_kernel(const Word* __restrict__ x, const int32_t* __restrict__ row_to_slot, Word* __restrict__ out,
-                   int64_t num_rows, unsigned words, unsigned top_k) {
-  const int64_t row = group_index();
-  if (row >= num_rows) return;
-  const int32_t slot = row_to_slot[row];
-  Word* target = out + row * words;
-  if (slot < 0) {
-    store_zeros(target, words);
-    return;
+    permute_kernel(const Word* __restrict__ x, const int32_t* __restrict__ row_to_slot,
+                   const int32_t* __restrict__ slot_to_row, Word* __restrict__ out, int64_t num_tokens, unsigned words,
+                   unsigned top_k) {
+  const int64_t token = group_index();
+  if (token >= num_tokens) return;
+  const int64_t first_slot = token * top_k;
+  for (unsigned k = 0; k < top_k; ++k) {
+    if (row_to_slot[first_slot + k] < 0) store_zeros(out + (first_slot + k) * words, words);
   }
-  const Word* source = x + static_cast<int64_t>(static_cast<unsigned>(slot) / top_k) * words;
+  const Word* source = x + token * words;
   const unsigned lanes = blockDim.x;
   walk_row<kBatch>(words, [&](auto count, unsigned column) {
     Word word[count.value];
 #pragma unroll
-    for (int c = 0; c < count.value; ++c) word[c] = load_shared_row(source + column + c * lanes);
+    for (int c = 0; c < count.value; ++c) word[c] = load_once(source + column + c * lanes);
+    for (unsigned k = 0; k < top_k; ++k) {
+      const int64_t row = slot_to_row[first_slot + k];
+      if (row < 0) continue;
 #pragma unroll
-    for (int c = 0; c < count.value; ++c) store(target + column + c * lanes, word[c]);
+      for (int c = 0; c < count.value; ++c) store(out + row * words + column + c * lanes, word[c]);
+    }
   });
 }
 
 }  // namespace
 }  // namespace dit_moe
 
-extern "C" cudaError_t dit_moe_permute(const void* x, const int32_t* row_to_slot, void* out, int64_t num_rows,
-                                       int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream) {
+extern "C" cudaError_t dit_moe_permute(const void* x, const int32_t* row_to_slot, const int32_t* slot_to_row, void* out,
+                                       int64_t num_tokens, int64_t width, int64_t top_k, DitMoeDtype dtype,
+                                       cudaStream_t stream) {
   using namespace dit_moe;
-  if (!valid_sizes(num_rows, width, top_k)) return cudaErrorInvalidValue;
+  if (!valid_sizes(num_tokens, width, top_k) || !fits_in_31_bits(num_tokens * top_k)) return cudaErrorInvalidValue;
   return with_layout(dtype, width, {x, out}, [&](auto layout) {
     using L = decltype(layout);
     using Word = typename L::Word;
     const int64_t words = width / L::kPack;
-    if (num_rows == 0 || words == 0) return cudaSuccess;
-    const auto [blocks, threads] = geometry(num_rows, words);
-    permute_kernel<Word><<<blocks, threads, 0, stream>>>(static_cast<const Word*>(x), row_to_slot,
-                                                         static_cast<Word*>(out), num_rows,
+    if (num_tokens == 0 || words == 0) return cudaSuccess;
+    const auto [blocks, threads] = geometry(num_tokens, words);
+    permute_kernel<Word><<<blocks, threads, 0, stream>>>(static_cast<const Word*>(x), row_to_slot, slot_to_row,
+                                                         static_cast<Word*>(out), num_tokens,
                                                          static_cast<unsigned>(words), static_cast<unsigned>(top_k));
     return cudaGetLastError();
   });

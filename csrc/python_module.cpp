@@ -26,10 +26,10 @@ void check(const char* op, cudaError_t error) {
                            "): " + cudaGetErrorString(error));
 }
 
-void permute(Address x, Address row_to_slot, Address out, int64_t num_rows, int64_t width, int64_t top_k,
-             DitMoeDtype dtype, Address stream) {
-  check("permute", dit_moe_permute(pointer(x), pointer<int32_t>(row_to_slot), pointer(out), num_rows, width, top_k,
-                                   dtype, stream_handle(stream)));
+void permute(Address x, Address row_to_slot, Address slot_to_row, Address out, int64_t num_tokens, int64_t width,
+             int64_t top_k, DitMoeDtype dtype, Address stream) {
+  check("permute", dit_moe_permute(pointer(x), pointer<int32_t>(row_to_slot), pointer<int32_t>(slot_to_row),
+                                   pointer(out), num_tokens, width, top_k, dtype, stream_handle(stream)));
 }
 
 void unpermute(Address y, Address weights, Address slot_to_row, Address out, int64_t num_tokens, int64_t width,
@@ -85,8 +85,9 @@ PYBIND11_MODULE(_C, module) {
 
   // A launch blocks while the stream's queue is full: let other Python threads run meanwhile.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.def("permute", &permute, Unlocked(), py::arg("x"), py::arg("row_to_slot"), py::arg("out"), py::arg("num_rows"),
-             py::arg("width"), py::arg("top_k"), py::arg("dtype"), py::arg("stream"));
+  module.def("permute", &permute, Unlocked(), py::arg("x"), py::arg("row_to_slot"), py::arg("slot_to_row"),
+             py::arg("out"), py::arg("num_tokens"), py::arg("width"), py::arg("top_k"), py::arg("dtype"),
+             py::arg("stream"));
   module.def("unpermute", &unpermute, Unlocked(), py::arg("y"), py::arg("weights"), py::arg("slot_to_row"),
              py::arg("out"), py::arg("num_tokens"), py::arg("width"), py::arg("top_k"), py::arg("dtype"),
              py::arg("stream"));

@@ -21,10 +21,11 @@ extern "C" {
 typedef int32_t DitMoeDtype;
 enum { DIT_MOE_FLOAT32 = 0, DIT_MOE_FLOAT16 = 1, DIT_MOE_BFLOAT16 = 2 };
 
-// Dispatch: out[row] = x[row_to_slot[row] / top_k], or zeros where row_to_slot[row] is -1.
-//   x (T, D) dtype, row_to_slot (N,) int32 -> out (N, D) dtype
-cudaError_t dit_moe_permute(const void* x, const int32_t* row_to_slot, void* out, int64_t num_rows, int64_t width,
-                            int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
+// Dispatch: out[slot_to_row[slot]] = x[slot / top_k] for every slot whose row is not -1, and zeros in the rows whose
+// row_to_slot is -1. The two are inverse to each other.
+//   x (T, D) dtype, row_to_slot (N,) int32, slot_to_row (N,) int32 -> out (N, D) dtype
+cudaError_t dit_moe_permute(const void* x, const int32_t* row_to_slot, const int32_t* slot_to_row, void* out,
+                            int64_t num_tokens, int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
 
 // Combine: out[t] = sum over k of weights[t, k] * y[slot_to_row[t * top_k + k]], in fp32, in the order of k.
 // A slot whose row is -1 adds nothing, whatever its weight. weights may be NULL, which means ones.

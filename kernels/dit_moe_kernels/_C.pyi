@@ -9,7 +9,15 @@ FLOAT16: int
 BFLOAT16: int
 
 def permute(
-    x: int, row_to_slot: int, out: int, num_rows: int, width: int, top_k: int, dtype: int, stream: int
+    x: int,
+    row_to_slot: int,
+    slot_to_row: int,
+    out: int,
+    num_tokens: int,
+    width: int,
+    top_k: int,
+    dtype: int,
+    stream: int,
 ) -> None: ...
 def unpermute(
     y: int, weights: int, slot_to_row: int, out: int, num_tokens: int, width: int, top_k: int, dtype: int, stream: int
