@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 Scenario = Callable[[int, int, Path], Any]
 
 
-def run_on_ranks(num_ranks: int, scenarios: list[Scenario], folder: Path, timeout: float = 120) -> dict[str, list[Any]]:
+def run_on_ranks(num_ranks: int, scenarios: list[Scenario], folder: Path, timeout: float = 300) -> dict[str, list[Any]]:
     """Call each scenario with (rank, num_ranks, folder) on every rank; name of the scenario -> results by rank.
 
     One start of the processes serves all scenarios, which is most of their time. A scenario that fails on a rank ends
@@ -50,7 +50,7 @@ def _work(rank: int, num_ranks: int, scenarios: list[Scenario], folder: str) -> 
     torch.set_num_threads(1)
     here = Path(folder)
     dist.init_process_group(
-        "gloo", init_method=f"file://{here / 'store'}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{here / 'store'}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120)
     )
     results = {}
     for scenario in scenarios:

@@ -6,19 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from dit_moe_kernels import use_backend
 
 from . import scenarios
 from .ranks import run_on_ranks
 
 TOGETHER = [scenarios.trained_ddp, scenarios.trained_fsdp, scenarios.trained_ddp_ep2, scenarios.trained_fsdp_ep2]
-
-
-@pytest.fixture(scope="module")
-def one() -> dict[str, Any]:
-    """The same training in this process, without torch.distributed."""
-    with use_backend("reference"):
-        return scenarios.train(scenarios.fresh_model(), 0, 1)
 
 
 @pytest.fixture(scope="module")
