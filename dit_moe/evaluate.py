@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoint.files import written_aside
 from .images import save_npz, to_uint8
-from .sampling import draw_noise, sample_ddim, sample_ddpm, sample_rectified_flow
+from .sampling import StepHook, draw_noise, sample_ddim, sample_ddpm, sample_rectified_flow
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"rf": sample_rectified_flow, "ddpm": sample_ddpm, "ddim": sample_ddim}
 SETTINGS_FILE = "settings.json"
@@ -139,15 +139,20 @@ def sample_shards(
             np.savez(file, images=np.concatenate(parts), class_ids=np.array(class_ids, dtype=np.int64))
 
 
-def sample_indices(model: Any, indices: range, settings: SamplingSettings) -> Tensor:
-    """The model's images of some indices as one batch: (len(indices), C, H, W) float32 (or float64), not decoded."""
+def sample_indices(
+    model: Any, indices: range, settings: SamplingSettings, *, on_step: StepHook | None = None
+) -> Tensor:
+    """The model's images of some indices as one batch: (len(indices), C, H, W) float32 (or float64), not decoded.
+
+    `on_step` is called after each step, as the samplers do.
+    """
     device = next(model.parameters()).device
     config = model.config
     class_ids = torch.tensor([class_of(index, settings, config.num_classes) for index in indices], device=device)
     generators = [generator_of(index, settings.seed) for index in indices]
     shape = (len(indices), config.in_channels, config.input_size, config.input_size)
     noise = draw_noise(shape, generators, device=device)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"on_step": on_step}
     if settings.guidance_channels is not None:
         options["guidance_channels"] = settings.guidance_channels
     if settings.sampler != "rf":
