@@ -4,6 +4,15 @@ The recorder needs nothing but torch; figures and report need the extra `analysi
 """
 
 from .counts import ExpertCounts, IncompleteCountsError
+from .findings import Analysis, analyse
 from .recorder import ExpertRecorder, RecordSizes, record_experts
 
-__all__ = ["ExpertCounts", "ExpertRecorder", "IncompleteCountsError", "RecordSizes", "record_experts"]
+__all__ = [
+    "Analysis",
+    "ExpertCounts",
+    "ExpertRecorder",
+    "IncompleteCountsError",
+    "RecordSizes",
+    "analyse",
+    "record_experts",
+]

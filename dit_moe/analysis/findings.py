@@ -88,6 +88,12 @@ class Analysis:
     shuffles: int
     findings: tuple[Finding, ...]
 
+    @property
+    def mean_information(self) -> dict[str, Range]:
+        """Bits of information on the expert, mean over the layers, by "class", "position" and "step"."""
+        estimates = (self.class_information, self.patch_information, self.step_information)
+        return {name: mean_over_layers(one) for name, one in zip(("class", "position", "step"), estimates, strict=True)}
+
 
 def analyse(counts: ExpertCounts, *, resamples: int = 500, shuffles: int = 200, seed: int = 0) -> Analysis:
     """Compute the scalars of each layer with their uncertainty, and judge the paper's findings by them.
@@ -153,9 +159,13 @@ def mean_of(estimate: Estimate, weights: np.ndarray) -> Range:
     return Range(float(centre), float(low), float(high))
 
 
+def mean_over_layers(estimate: Estimate) -> Range:
+    """The mean of an estimate (L,) with its interval."""
+    return mean_of(estimate, np.full(len(estimate.value), 1 / len(estimate.value)))
+
+
 def _selection(by_class: Estimate, by_patch: Estimate, by_step: Estimate) -> Finding:
-    layers = len(by_class.value)
-    label, patch, step = (mean_of(one, np.full(layers, 1 / layers)) for one in (by_class, by_patch, by_step))
+    label, patch, step = map(mean_over_layers, (by_class, by_patch, by_step))
     larger = max(patch.value, step.value)
     share = f"{label.value / larger:.0%} of the larger of the two" if larger > 0 else "both others are zero"
     return Finding(
@@ -204,19 +214,25 @@ def _steps(step_entropy: Estimate) -> Finding:
     num_early, num_late = max(1, steps // _EARLY), max(1, steps - steps // 2)
     early[:, :num_early] = 1 / (num_early * layers)
     late[:, steps - num_late :] = 1 / (num_late * layers)
-    difference, end = mean_of(step_entropy, late - early), mean_of(step_entropy, late)
-    start = mean_of(step_entropy, early)
+    difference, start, end = (mean_of(step_entropy, weights) for weights in (late - early, early, late))
+    by_step = best(step_entropy).mean(0)
+    worst = steps - num_late + int(np.argmin(by_step[steps - num_late :]))
+    alone = np.zeros((layers, steps))
+    alone[:, worst] = 1 / layers
+    least = mean_of(step_entropy, alone)
     return Finding(
         "Concentrated on few experts in early steps, near uniform after half",
         (
             Check(
                 f"the load is less even in the first {num_early} of {steps} steps than in the last {num_late}",
                 difference.low > 0,
-                f"entropy {start.text(digits=4)} against {end.text(digits=4)} of the largest possible, "
+                f"entropy, 1 being even, mean over the layers: {start.text(digits=4)} against {end.text(digits=4)}; "
                 f"difference {difference.text(digits=4)}",
             ),
             Check(
-                f"it is near uniform in the second half (entropy at least {EVEN})", end.value >= EVEN, end.text("", 4)
+                f"it is near uniform in every step of the second half (entropy at least {EVEN})",
+                least.value >= EVEN,
+                f"least even at step {worst}: {least.text(digits=4)}",
             ),
         ),
     )

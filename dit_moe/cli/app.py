@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .analyze import analyze
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -19,5 +20,5 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, info, train, sample, evaluate, convert, upcycle):
+for command in (demo, info, train, sample, evaluate, analyze, convert, upcycle):
     app.command()(command)

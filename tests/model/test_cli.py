@@ -77,7 +77,7 @@ def trained(folder: Path, tmp_path: Path) -> Path:
 
 def test_help_names_every_command() -> None:
     text = run("--help")
-    for command in ("demo", "info", "train", "sample", "evaluate", "convert", "upcycle"):
+    for command in ("demo", "info", "train", "sample", "evaluate", "analyze", "convert", "upcycle"):
         assert command in text
         assert "Usage" in run(command, "--help")
 
