@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Step = int | Tensor | Mapping[str, Tensor]
+"""A kept step for the whole batch, a (B,) integer tensor of them, or one step's coefficients as () tensors by name."""
 
 
 class Moments(NamedTuple):
@@ -18,6 +21,10 @@ class Moments(NamedTuple):
     variance: Tensor
     log_variance: Tensor
     pred_x0: Tensor
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """x_{t-1} that standard normal noise (B, C, H, W) picks."""
+        return self.mean + (0.5 * self.log_variance).exp() * noise
 
 
 class DiffusionLoss(NamedTuple):
@@ -102,8 +109,10 @@ class GaussianDiffusion:
 
     The model predicts the noise and, in as many further channels, where the log variance lies between its bounds.
     Steps `t` in the methods count kept steps: an int for the whole batch or a (B,) integer tensor; `model_times` turns
-    them into the times of the full process that the model was trained on. Coefficients are computed in float64 and
-    rounded to float32, whatever the tensors' dtype: so does the official code, and float64 results then agree with its.
+    them into the times of the full process that the model was trained on. What a sampler needs also takes a step's
+    coefficients, from `table`, in place of its number, so that they may lie on the device. Coefficients are computed in
+    float64 and rounded to float32, whatever the tensors' dtype: so does the official code, and float64 results then
+    agree with its.
 
     Args:
         betas: (N,) noise variances of the full process, in (0, 1).
@@ -122,7 +131,7 @@ class GaussianDiffusion:
         if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(betas):
             raise ValueError(f"timesteps: expected rising steps of 0 to {len(betas) - 1}, at least one")
         self.timesteps = kept
-        self.num_steps = len(kept)
+        self.num_steps, self.full_steps = len(kept), len(betas)
         alpha_bar = torch.cumprod(1 - betas, 0)[kept]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         self._tables = _coefficient_tables(alpha_bar, previous)
@@ -134,6 +143,10 @@ class GaussianDiffusion:
         if isinstance(t, int):
             return torch.full((batch,), float(self.timesteps[t]), device=device)
         return self._table("time", t.device, torch.float32)[t]
+
+    def table(self, name: str) -> Tensor:
+        """The coefficient of every kept step: (num_steps,) float32 on the CPU."""
+        return self._tables[name]
 
     def q_sample(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """Noisy samples x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise (DDPM equation 4).
@@ -149,14 +162,14 @@ class GaussianDiffusion:
         _check_same_shape("noise", noise, "x0", x0)
         return self._at("sqrt_alpha_bar", t, x0) * x0 + self._at("sqrt_one_minus_alpha_bar", t, x0) * noise
 
-    def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: int | Tensor, *, clip: bool = False) -> Moments:
+    def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Step, *, clip: bool = False) -> Moments:
         """Moments of the reverse step from the model's output.
 
         Args:
             model_output: (B, 2C, H, W) noise and variance position in [-1, 1], or (B, C, H, W) noise alone, which
                 takes the fixed variance beta.
             x_t: (B, C, H, W) float.
-            t: kept step, int or (B,) int64.
+            t: kept step, int or (B,) int64, or its coefficients.
             clip: limit the predicted clean sample to [-1, 1] (pixels, never latents).
         Returns:
             Moments in the dtype of x_t.
@@ -174,7 +187,7 @@ class GaussianDiffusion:
             log_variance = self._learned_log_variance(position, x_t, t)
         return Moments(mean, log_variance.exp(), log_variance, pred_x0)
 
-    def predict_x0(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+    def predict_x0(self, x_t: Tensor, t: Step, noise: Tensor) -> Tensor:
         """The clean sample that x_t and its noise imply (DDPM equation 4 solved for x0): (B, C, H, W)."""
         return self._at("sqrt_recip_alpha_bar", t, x_t) * x_t - self._at("sqrt_recip_alpha_bar_minus_1", t, x_t) * noise
 
@@ -194,7 +207,7 @@ class GaussianDiffusion:
         moments = self.p_mean_variance(model_output, x_t, t, clip=clip)
         if t == 0:
             return moments.mean
-        return moments.mean + (0.5 * moments.log_variance).exp() * _checked_noise(noise, x_t)
+        return moments.draw(_checked_noise(noise, x_t))
 
     def ddim_step(
         self,
@@ -219,20 +232,42 @@ class GaussianDiffusion:
 
         Source: Song et al. 2020 (DDIM), equations 12 and 16.
         """
+        sigma, direction = self.ddim_spread(t, eta)
+        x = self.ddim_mean(model_output, x_t, t, direction, clip=clip)
+        return x if t == 0 or eta == 0 else x + sigma * _checked_noise(noise, x_t)
+
+    def ddim_spread(self, t: int, eta: float) -> tuple[float, float]:
+        """Factors of the fresh noise and of the predicted noise in a DDIM step.
+
+        Raises:
+            ValueError: eta negative, or larger than step t has room for.
+
+        Source: Song et al. 2020 (DDIM), equations 12 and 16.
+        """
         if not eta >= 0:
             raise ValueError(f"eta: got {eta}, expected at least 0")
+        sigma = eta * self._coefficient("posterior_std", t)
+        room = 1 - self._coefficient("alpha_bar_previous", t) - sigma**2
+        if room < 0:
+            raise ValueError(f"eta: got {eta}, which asks for more noise than step {t} has")
+        return sigma, float(torch.tensor(room, dtype=torch.float32).sqrt())
+
+    def ddim_mean(
+        self, model_output: Tensor, x_t: Tensor, t: Step, direction: float | Tensor, *, clip: bool = False
+    ) -> Tensor:
+        """A DDIM step without its fresh noise: (B, C, H, W), dtype of x_t.
+
+        Args:
+            model_output, x_t, clip: as in p_mean_variance; variance channels are ignored.
+            t: kept step, an int, or its coefficients.
+            direction: from ddim_spread, float or () tensor.
+        """
         pred_noise, _ = self._split(model_output, x_t)
         pred_x0 = self.predict_x0(x_t, t, pred_noise)
         if clip:
             pred_x0 = pred_x0.clamp(-1, 1)
             pred_noise = self._implied_noise(x_t, t, pred_x0)
-        sigma = eta * self._coefficient("posterior_std", t)
-        room = 1 - self._coefficient("alpha_bar_previous", t) - sigma**2
-        if room < 0:
-            raise ValueError(f"eta: got {eta}, which asks for more noise than step {t} has")
-        direction = float(torch.tensor(room, dtype=torch.float32).sqrt())
-        x = self._coefficient("sqrt_alpha_bar_previous", t) * pred_x0 + direction * pred_noise
-        return x if t == 0 or eta == 0 else x + sigma * _checked_noise(noise, x_t)
+        return self._at("sqrt_alpha_bar_previous", t, x_t) * pred_x0 + direction * pred_noise
 
     def losses(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> DiffusionLoss:
         """Training terms of each sample: noise error plus, for a learned variance, the variational bound.
@@ -284,20 +319,22 @@ class GaussianDiffusion:
             f"{(batch, channels, *size)} for x_t of shape {tuple(x_t.shape)}"
         )
 
-    def _posterior_mean(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def _posterior_mean(self, x0: Tensor, x_t: Tensor, t: Step) -> Tensor:
         return self._at("posterior_mean_x0", t, x_t) * x0 + self._at("posterior_mean_x_t", t, x_t) * x_t
 
-    def _learned_log_variance(self, position: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+    def _learned_log_variance(self, position: Tensor, x_t: Tensor, t: Step) -> Tensor:
         low, high = self._at("log_posterior_variance", t, x_t), self._at("log_beta", t, x_t)
         share = (position + 1) / 2
         return share * high + (1 - share) * low
 
-    def _implied_noise(self, x_t: Tensor, t: int | Tensor, x0: Tensor) -> Tensor:
+    def _implied_noise(self, x_t: Tensor, t: Step, x0: Tensor) -> Tensor:
         scaled = self._at("sqrt_recip_alpha_bar", t, x_t) * x_t - x0
         return scaled / self._at("sqrt_recip_alpha_bar_minus_1", t, x_t)
 
-    def _at(self, name: str, t: int | Tensor, like: Tensor) -> Tensor:
+    def _at(self, name: str, t: Step, like: Tensor) -> Tensor:
         """Coefficients of step t in the dtype of `like`, shaped to multiply it."""
+        if isinstance(t, Mapping):
+            return t[name]
         if isinstance(t, int):
             return torch.full((), self._coefficient(name, t), dtype=like.dtype, device=like.device)
         if t.shape != like.shape[:1] or t.dtype not in (torch.int64, torch.int32):

@@ -110,14 +110,14 @@ def euler_times(steps: int) -> list[float]:
     return [i / steps for i in range(steps, 0, -1)]
 
 
-def euler_step(z: Tensor, velocity: Tensor, dt: float) -> Tensor:
+def euler_step(z: Tensor, velocity: Tensor, dt: float | Tensor) -> Tensor:
     """One explicit Euler step from noise towards data: z - dt * velocity.
 
     Args:
         z: (B, C, H, W) float.
         velocity: (B, C, H, W) float, the model's prediction at z.
-        dt: step length, 1 / steps on a uniform grid.
+        dt: step length, 1 / steps on a uniform grid; float, or a () tensor in z's dtype for the same result.
     Returns:
         (B, C, H, W), dtype of z.
     """
-    return torch.sub(z, velocity.to(z.dtype), alpha=dt)
+    return z - dt * velocity.to(z.dtype)

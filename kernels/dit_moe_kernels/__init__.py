@@ -7,7 +7,7 @@ count_routing keeps histograms of which experts were chosen where, for analysis.
 """
 
 from .activation import swiglu
-from .backends import BACKENDS, availability, cuda_build_info, op_families, use_backend
+from .backends import BACKENDS, availability, cuda_build_info, current_backend, op_families, use_backend
 from .counting import RoutingCounts, count_routing
 from .errors import BackendUnavailableError, KernelError
 from .expert_ffn import expert_ffn
@@ -27,6 +27,7 @@ __all__ = [
     "availability",
     "count_routing",
     "cuda_build_info",
+    "current_backend",
     "expert_ffn",
     "grouped_gemm",
     "make_routing_plan",

@@ -54,6 +54,12 @@ def use_backend(backend: str) -> Iterator[None]:
         _local.backend = previous
 
 
+def current_backend() -> str:
+    """What `backend="auto"` means on this thread now: a name from `use_backend` or DIT_MOE_BACKEND, or "auto"."""
+    chosen = getattr(_local, "backend", None) or "auto"
+    return os.environ.get(ENV_BACKEND, "auto") if chosen == "auto" else chosen
+
+
 def availability(backend: str, device: str = "cuda") -> str | None:
     """Say why `backend` cannot run on this kind of device, or return None if it can.
 

@@ -27,10 +27,10 @@ LEVELS = {
         {"expert_ffn"},
     ),
     "dit_moe": (
-        {"config", "losses", "diffusion"},
+        {"config", "losses", "diffusion", "guidance"},
         {"layers"},
         {"model"},
-        {"presets", "flops"},
+        {"presets", "flops", "engine"},
         {"checkpoint", "sampling", "upcycle", "data", "parallel"},
         {"images", "vae", "training"},
         {"metrics", "runs"},
