@@ -176,6 +176,10 @@ class SamplingEngine:
         for name in _HOOKS:
             if getattr(torch_module, f"_global{name}") or any(getattr(part, name) for part in self.model.modules()):
                 return "the model has hooks, which a replay would not run"
+        if any(getattr(part, "observer", None) is not None for part in self.model.modules()):
+            return "the model's routers are observed, and a capture would be counted"
+        if any(getattr(part, "count_group", None) is not None for part in self.model.modules()):
+            return "the model is spread over several ranks"
         if not self.capture:
             return None
         if noise.device.type != "cuda":
