@@ -66,6 +66,16 @@ void grouped_swiglu(Address x, Address w13, Address expert_offsets, Address out,
         dit_moe_grouped_swiglu(pointer(x), pointer(w13), pointer<int32_t>(expert_offsets), pointer(out), pointer(h),
                                num_rows, depth, width, num_experts, dtype, stream_handle(stream)));
 }
+
+void grouped_dswiglu(Address grad, Address w2, Address expert_offsets, Address h, Address topk_weights,
+                     Address row_to_slot, Address dh, Address weighted_a, Address dots, int64_t num_rows, int64_t depth,
+                     int64_t width, int64_t num_experts, DitMoeDtype dtype, Address stream) {
+  check("grouped_dswiglu",
+        dit_moe_grouped_dswiglu(pointer(grad), pointer(w2), pointer<int32_t>(expert_offsets), pointer(h),
+                                pointer<float>(topk_weights), pointer<int32_t>(row_to_slot), pointer(dh),
+                                pointer(weighted_a), pointer<float>(dots), num_rows, depth, width, num_experts, dtype,
+                                stream_handle(stream)));
+}
 #endif
 
 py::dict build_info() {
@@ -104,6 +114,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("grouped_swiglu", &grouped_swiglu, Unlocked(), py::arg("x"), py::arg("w13"), py::arg("expert_offsets"),
              py::arg("out"), py::arg("h"), py::arg("num_rows"), py::arg("depth"), py::arg("width"),
              py::arg("num_experts"), py::arg("dtype"), py::arg("stream"));
+  module.attr("DSWIGLU_COLUMNS") = static_cast<int>(DIT_MOE_DSWIGLU_COLUMNS);
+  module.def("grouped_dswiglu", &grouped_dswiglu, Unlocked(), py::arg("grad"), py::arg("w2"), py::arg("expert_offsets"),
+             py::arg("h"), py::arg("topk_weights"), py::arg("row_to_slot"), py::arg("dh"), py::arg("weighted_a"),
+             py::arg("dots"), py::arg("num_rows"), py::arg("depth"), py::arg("width"), py::arg("num_experts"),
+             py::arg("dtype"), py::arg("stream"));
 #endif
   module.def("build_info", &build_info, "CUDA version and GPU architectures that this module was compiled for.");
 }

@@ -67,6 +67,19 @@ cudaError_t dit_moe_grouped_swiglu(const void* x, const void* w13, const int32_t
                                    int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts,
                                    DitMoeDtype dtype, cudaStream_t stream);
 
+// Backward of dit_moe_grouped_gemm over the outputs of dit_moe_grouped_swiglu, where row r's output has the factor
+// w = topk_weights[row_to_slot[r]]. With g = grad[r] w2[e], rounded to dtype, and a = silu(h[r][:F]) * h[r][F:]:
+// dh[r] is the gradient of a for h[r] where that for a is w g; weighted_a[r] = w a; dots[i][r] = dot(g, a) over the
+// columns from i * DIT_MOE_DSWIGLU_COLUMNS on, whose sum over i is the gradient for w.
+//   grad (N, D) dtype, w2 (E, D, F) dtype, expert_offsets (E + 1,) int32, h (N, 2F) dtype, topk_weights (T, K) fp32,
+//   row_to_slot (N,) int32 -> dh (N, 2F) dtype, weighted_a (N, F) dtype,
+//   dots (ceil(F / DIT_MOE_DSWIGLU_COLUMNS), N) fp32; depth is D, width F
+enum { DIT_MOE_DSWIGLU_COLUMNS = 192 };
+cudaError_t dit_moe_grouped_dswiglu(const void* grad, const void* w2, const int32_t* expert_offsets, const void* h,
+                                    const float* topk_weights, const int32_t* row_to_slot, void* dh, void* weighted_a,
+                                    float* dots, int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts,
+                                    DitMoeDtype dtype, cudaStream_t stream);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif

@@ -81,11 +81,10 @@ struct RowBlock {
   int rows;  // valid rows, may be <= 0
 };
 
-// Stores kColumns (a multiple of 16, at most 64) columns from `column` on; those from `width` on are dropped.
+// Puts kColumns (a multiple of 16, at most 64) columns of the warp's rows into a staging buffer.
 // fragment(i, q): two packed elements of the accumulator layout, for columns 16 i + 8 (q / 2) and row half q % 2.
-template <int kColumns, typename Element, typename Fragment>
-__device__ __forceinline__ void store_columns(uint32_t staging, const RowBlock<Element>& block, int column, int width,
-                                              const Fragment& fragment) {
+template <int kColumns, typename Fragment>
+__device__ __forceinline__ void stage_columns(uint32_t staging, const Fragment& fragment) {
   static_assert(kColumns % 16 == 0 && kColumns <= kStagingColumns, "one staging buffer");
   const int lane = threadIdx.x % 32;
   // The 128-byte swizzle keeps both directions free of bank conflicts. Chunk numbers are combined by xor: staging is
@@ -96,6 +95,14 @@ __device__ __forceinline__ void store_columns(uint32_t staging, const RowBlock<E
     const uint32_t fragments[4] = {fragment(i, 0), fragment(i, 1), fragment(i, 2), fragment(i, 3)};
     store_matrices(write_address ^ (2 * i * 16), fragments);
   }
+}
+
+// Stores kColumns columns from `column` on, given as to stage_columns; those from `width` on are dropped.
+template <int kColumns, typename Element, typename Fragment>
+__device__ __forceinline__ void store_columns(uint32_t staging, const RowBlock<Element>& block, int column, int width,
+                                              const Fragment& fragment) {
+  const int lane = threadIdx.x % 32;
+  stage_columns<kColumns>(staging, fragment);
   __syncwarp();
   // Eight lanes store one row of 128 bytes; four rows at a time.
   const int chunk = lane % 8;

@@ -3,6 +3,7 @@
 // Two blocks of a cluster compute neighbouring row tiles of one expert and share the weights.
 #pragma once
 
+#include "dswiglu.cuh"
 #include "pipeline.cuh"
 #include "scheduler.cuh"
 #include "tile_choice.h"
@@ -13,6 +14,7 @@ enum class Epilogue {
   kStore,       // out (rows, N) = A W
   kSwiGLU,      // out (rows, N) = silu(first half of A W) * second half of A W
   kSwiGLUKeep,  // the same, and h (rows, 2N) = A W
+  kDSwiGLU,     // out (rows, 2N) = gradient for h, where weight * A W is that for silu(first half of h) * second half
 };
 
 template <typename Element_, Epilogue kEpilogue_, bool kTransposed_, int kTileN_, int kCluster_>
@@ -23,7 +25,11 @@ struct Config {
   static constexpr int kTileN = kTileN_;             // columns of the product; SwiGLU stores half as many
   static constexpr int kCluster = kCluster_;         // blocks along the rows
 
-  static constexpr bool kPaired = kEpilogue != Epilogue::kStore;  // gate and up columns in one tile
+  // Gate and up columns in one tile.
+  static constexpr bool kPaired = kEpilogue == Epilogue::kSwiGLU || kEpilogue == Epilogue::kSwiGLUKeep;
+  // A finishing warpgroup reads h and stores three matrices, as many bytes as the memory moves during the product.
+  static constexpr bool kFinishes = kEpilogue == Epilogue::kDSwiGLU;
+  static constexpr int kSegments = kTileN / kStagingColumns;
   static constexpr int kColumns = kPaired ? kTileN / 2 : kTileN;  // of out
   static constexpr int kBytesA = kTileM * kSwizzleBytes;
   // W comes in boxes of 128-byte rows: two of kTileN / 2 rows along N, or, transposed, two per 64 columns, of 32 rows.
@@ -31,7 +37,7 @@ struct Config {
   static constexpr int kBoxRows = kTransposed ? kTileK / 2 : kTileN / 2;
   static constexpr int kBoxBytes = kBoxRows * kSwizzleBytes;
   static constexpr int kBytesB = kBoxes * kBoxBytes;
-  using Layout = SharedLayout<kBytesA, kBytesB>;
+  using Layout = SharedLayout<kBytesA, kBytesB, kFinishes ? kSegments * kStagingBytes : kStagingBytes>;
   // K steps by which the first consumer leads the second, so that long epilogues do not coincide.
   static constexpr int kStagger = kPaired ? 2 : 0;
   // Row tiles (pairs of them in clusters) that sweep the columns together.
@@ -40,6 +46,7 @@ struct Config {
   static_assert(kBoxRows % kSwizzleRows == 0 && kBoxRows <= 256, "boxes of whole swizzle periods");
   static_assert(kCluster == 1 || kCluster == 2, "alone or in pairs");
   static_assert(!(kTransposed && kPaired), "gate and up columns come from two boxes along N");
+  static_assert(!kFinishes || kTileN % kStagingColumns == 0, "whole segments");
 };
 
 struct GroupedArguments {
@@ -48,19 +55,24 @@ struct GroupedArguments {
   void* h;                 // (rows, 2 width), if kept
   int num_experts;
   int depth;  // K
-  int width;  // columns of out
+  int width;  // columns of out, or half of them
+  int64_t rows;
+  DSwiGLUTensors dswiglu;
 };
 
 template <class C>
 class Block : public Pipeline<typename C::Layout, C::kCluster> {
   using Base = Pipeline<typename C::Layout, C::kCluster>;
-  using Base::full, Base::rank, Base::stage_a, Base::stage_b, Base::staging;
+  using Base::full, Base::rank, Base::stage_a, Base::stage_b, Base::staging, Base::handed_over, Base::taken;
 
  public:
   using Element = typename C::Element;
   using Arguments = GroupedArguments;
   using Scheduler = TileScheduler<kTileM * C::kCluster>;
   static constexpr int kCluster = C::kCluster;
+  static constexpr bool kFinishes = C::kFinishes;
+  static constexpr int kConsumerRegisters = !kFinishes ? Base::kConsumerRegisters : C::kTileN > 192 ? 168 : 144;
+  static constexpr int kFinisherRegisters = 512 - kProducerRegisters - 2 * kConsumerRegisters;
 
   __device__ __forceinline__ Block(const CUtensorMap& map_a, const CUtensorMap& map_b, const Arguments& arguments,
                                    uint32_t shared)
@@ -88,11 +100,63 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     typename Base::StageRing ring;
     Tile tile;
     int lead = C::kStagger < steps_ ? C::kStagger : steps_;
+    uint32_t phase = 0;
     while (scheduler.next(tile)) {
       this->drain(ring, steps_, group, lead, accumulators,
                   [&](int stage, int step) { multiply(stage, group, step, accumulators); });
       lead = 0;
-      store(tile, group, accumulators);
+      if constexpr (kFinishes) {
+        hand_over(group, phase, accumulators);
+        phase ^= 1;
+      } else {
+        store(tile, group, accumulators);
+      }
+    }
+  }
+
+  // Each warp for itself: takes the rows that two consumer warps hand over, one after the other.
+  __device__ __forceinline__ void finish() const {
+    using FinishedTile = DSwiGLUTile<Element, C::kSegments>;
+    const int lane = threadIdx.x % 32;
+    Scheduler scheduler = make_scheduler();
+    uint32_t phase = 0;
+    Tile tile;
+    while (scheduler.next(tile)) {
+      const int row = row_of(tile);
+      const int rows = min(tile.end - row, kTileM);
+      const FinishedTile finished(arguments_.dswiglu, arguments_.out, row, rows, tile.column * C::kColumns,
+                                  arguments_.width);
+      // All that does not come from the product is under way before the wait for it: h of two steps, which take turns.
+      typename FinishedTile::Chunk even[C::kSegments], odd[C::kSegments];
+      finished.load(0, even);
+      finished.load(1, odd);
+      const int row_of_lane = FinishedTile::row_of(lane / 4, lane % 4);  // every lane one of the warp's 32 rows
+      float weight_of_lane = 0.0f, dot_of_lane = 0.0f;
+      if (row_of_lane < rows) {
+        const int slot = __ldg(arguments_.dswiglu.row_to_slot + row + row_of_lane);
+        weight_of_lane = __ldg(arguments_.dswiglu.topk_weights + slot);
+      }
+      const auto take = [&](int step, typename FinishedTile::Chunk(&h)[C::kSegments]) {
+        const float weight = __shfl_sync(0xffffffffu, weight_of_lane, 4 * step + lane / 8);
+        float dot = finished.finish(step, staging(FinishedTile::warp_of(step)), weight, h);
+#pragma unroll
+        for (int lanes = 1; lanes < 8; lanes *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
+        dot = __shfl_sync(0xffffffffu, dot, lane % 4 * 8);
+        if (lane / 4 == step) dot_of_lane = dot;
+      };
+#pragma unroll 1
+      for (int step = 0; step < FinishedTile::kSteps; step += 2) {
+        const int warp = FinishedTile::warp_of(step);
+        if (step % 4 == 0) barrier_wait(handed_over(warp), phase);
+        take(step, even);
+        take(step + 1, odd);
+        if (step % 4 == 2) {
+          __syncwarp();
+          if (lane == 0) barrier_arrive(taken(warp));
+        }
+      }
+      if (row_of_lane < rows) arguments_.dswiglu.dots[tile.column * arguments_.rows + row + row_of_lane] = dot_of_lane;
+      phase ^= 1;
     }
   }
 
@@ -136,6 +200,21 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
       mma<Element, C::kTileN, false, C::kTransposed>(accumulators, a + k * (32 / 16), b + k * (advance_b / 16),
                                                      step > 0 || k > 0);
     }
+  }
+
+  __device__ __forceinline__ void hand_over(int group, uint32_t phase, const float (&acc)[C::kTileN / 2]) const {
+    const int warp = group * 4 + threadIdx.x / 32 % 4;
+    const uint32_t buffer = staging(warp);
+    barrier_wait(taken(warp), phase ^ 1);
+#pragma unroll
+    for (int segment = 0; segment < C::kSegments; ++segment) {
+      stage_columns<kStagingColumns>(buffer + segment * kStagingBytes, [&](int i, int q) {
+        const int first = segment * kStagingColumns / 2 + 8 * i + 2 * q;
+        return round_pair<Element>(acc[first], acc[first + 1]);
+      });
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(handed_over(warp));
   }
 
   __device__ __forceinline__ void store(const Tile& tile, int group, const float (&acc)[C::kTileN / 2]) const {

@@ -22,6 +22,7 @@ struct Problem {
   void* h;                 // (rows, 2 width), or null
   int64_t rows, depth, width, num_experts;
   cudaStream_t stream;
+  DSwiGLUTensors dswiglu{};  // where that is the epilogue; out is (rows, 2 width) then
 };
 
 // A size that a kernel may hold in 32 bits, where matrix rows are whole multiples of 16 bytes.
@@ -29,7 +30,8 @@ inline bool valid_width(int64_t width) { return width > 0 && width <= 1 << 30 &&
 
 inline bool valid(const Problem& problem) {
   for (const void* pointer :
-       {problem.a, problem.w, const_cast<const void*>(problem.out), const_cast<const void*>(problem.h)}) {
+       {problem.a, problem.w, const_cast<const void*>(problem.out), const_cast<const void*>(problem.h),
+        problem.dswiglu.h, const_cast<const void*>(problem.dswiglu.weighted_a)}) {
     if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
   }
   return problem.rows >= 0 && problem.rows <= std::numeric_limits<int32_t>::max() - 2 * kTileM &&
@@ -61,7 +63,7 @@ cudaError_t launch(const Problem& problem, int multiprocessors) {
   attribute.val.clusterDim = {C::kCluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * C::kCluster));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kThreads<Block<C>>);
   config.dynamicSmemBytes = C::Layout::kDynamicBytes;
   config.stream = problem.stream;
   config.attrs = &attribute;
@@ -71,7 +73,9 @@ cudaError_t launch(const Problem& problem, int multiprocessors) {
                                    problem.h,
                                    static_cast<int>(problem.num_experts),
                                    static_cast<int>(problem.depth),
-                                   static_cast<int>(problem.width)};
+                                   static_cast<int>(problem.width),
+                                   problem.rows,
+                                   problem.dswiglu};
   return cudaLaunchKernelEx(&config, kernel, map_a, map_b, arguments);
 }
 
@@ -91,7 +95,8 @@ cudaError_t launch_best(const Problem& problem) {
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   constexpr TileShape shapes[] = {Options::kShape...};
-  const int64_t columns = problem.width * (kEpilogue == Epilogue::kStore ? 1 : 2);
+  const bool paired = kEpilogue == Epilogue::kSwiGLU || kEpilogue == Epilogue::kSwiGLUKeep;
+  const int64_t columns = problem.width * (paired ? 2 : 1);
   const TileShape best =
       choose_tile(shapes, problem.depth > columns, problem.rows, problem.num_experts, columns, multiprocessors);
   const auto launch_if_best = [&](auto option) {

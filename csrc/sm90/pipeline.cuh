@@ -1,7 +1,8 @@
 // What the grouped products have in common: a block is one producer warpgroup, which fills a ring of shared-memory
 // stages, and two consumer warpgroups, which multiply 64 rows of a tile each and store their results. Blocks stay and
-// stride over the output tiles; while the consumers store one tile, the producer already loads the next. Two blocks may
-// form a cluster, in which each fetches half of an operand for both.
+// stride over the output tiles; while the consumers store one tile, the producer already loads the next. Where much is
+// to be done with a result, the consumers hand it over in shared memory to a finishing warpgroup, and multiply on. Two
+// blocks may form a cluster, in which each fetches half of an operand for both.
 #pragma once
 
 #include "epilogue.cuh"
@@ -11,23 +12,26 @@
 namespace dit_moe::sm90 {
 
 constexpr int kGroupThreads = 128;  // a warpgroup
-constexpr int kThreads = 3 * kGroupThreads;
-constexpr int kTileK = 64;  // elements of one swizzled row
+constexpr int kTileK = 64;          // elements of one swizzled row
 constexpr int kMaxStages = 6;
 constexpr int kMaxSharedBytes = 227 * 1024;  // of a Hopper block
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
+constexpr int kConsumerWarps = 8;
 
-// Shared memory of a block: stages of two operands, staging buffers for the results, barriers.
-template <int kBytesA_, int kBytesB_>
+// Shared memory of a block: stages of two operands, a staging buffer for each consumer warp's results, barriers.
+template <int kBytesA_, int kBytesB_, int kStagingBytes_ = kStagingBytes>
 struct SharedLayout {
   static constexpr int kBytesA = kBytesA_;
   static constexpr int kStageBytes = kBytesA_ + kBytesB_;
-  static constexpr int kOtherBytes = 8 * kStagingBytes + 2 * kMaxStages * 8 + 1024;  // with room to align the base
+  static constexpr int kWarpStagingBytes = kStagingBytes_;
+  static constexpr int kBarriers = 2 * (kMaxStages + kConsumerWarps);
+  // With room to align the base.
+  static constexpr int kOtherBytes = kConsumerWarps * kWarpStagingBytes + kBarriers * 8 + 1024;
   static constexpr int kFitting = (kMaxSharedBytes - kOtherBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static constexpr int kStagingAt = kStages * kStageBytes;
-  static constexpr int kBarriersAt = kStagingAt + 8 * kStagingBytes;
+  static constexpr int kBarriersAt = kStagingAt + kConsumerWarps * kWarpStagingBytes;
   static constexpr int kDynamicBytes = kStages * kStageBytes + kOtherBytes;
 };
 
@@ -48,11 +52,20 @@ struct Ring {
 template <class L, int kCluster>
 class Pipeline {
  public:
+  // What a kind of block with a finishing warpgroup says otherwise: with finish(), it has four of 512 registers in all.
+  static constexpr bool kFinishes = false;
+  static constexpr int kConsumerRegisters = sm90::kConsumerRegisters;
+  static constexpr int kFinisherRegisters = 0;
+
   __device__ __forceinline__ void init_barriers() const {
-    constexpr int consumer_arrivals = 2 * (kGroupThreads / 32) * kCluster;
+    constexpr int consumer_arrivals = kConsumerWarps * kCluster;
     for (int stage = 0; stage < L::kStages; ++stage) {
       barrier_init(full(stage), 1);
       barrier_init(empty(stage), consumer_arrivals);
+    }
+    for (int warp = 0; warp < kConsumerWarps; ++warp) {
+      barrier_init(handed_over(warp), 1);
+      barrier_init(taken(warp), 1);
     }
     barrier_init_fence();
   }
@@ -66,7 +79,12 @@ class Pipeline {
   __device__ __forceinline__ uint32_t stage_b(int stage) const { return stage_a(stage) + L::kBytesA; }
   __device__ __forceinline__ uint32_t full(int stage) const { return shared_ + L::kBarriersAt + stage * 8; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage) + L::kStages * 8; }
-  __device__ __forceinline__ uint32_t staging(int warp) const { return shared_ + L::kStagingAt + warp * kStagingBytes; }
+  // Of a consumer warp's staging buffer, where a finishing warp takes the results from there.
+  __device__ __forceinline__ uint32_t handed_over(int warp) const { return empty(L::kStages) + warp * 8; }
+  __device__ __forceinline__ uint32_t taken(int warp) const { return handed_over(kConsumerWarps) + warp * 8; }
+  __device__ __forceinline__ uint32_t staging(int warp) const {
+    return shared_ + L::kStagingAt + warp * L::kWarpStagingBytes;
+  }
   // Asked of the hardware where it is needed: consumers have no register to keep it in.
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? static_cast<int>(cluster_rank()) : 0; }
 
@@ -121,9 +139,12 @@ class Pipeline {
   uint32_t shared_;
 };
 
-// Block is a Pipeline with produce(), for one thread, and consume(group).
 template <class Block>
-__global__ void __launch_bounds__(kThreads, 1)
+constexpr int kThreads = (Block::kFinishes ? 4 : 3) * kGroupThreads;
+
+// Block is a Pipeline with produce(), for one thread, consume(group) and, if it has that warpgroup, finish().
+template <class Block>
+__global__ void __launch_bounds__(kThreads<Block>, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
                         const __grid_constant__ typename Block::Arguments arguments) {
   extern __shared__ uint8_t dynamic_shared[];
@@ -144,9 +165,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) block.produce();
     __syncwarp();
-  } else {
-    take_registers<kConsumerRegisters>();
+  } else if (!Block::kFinishes || group < 3) {
+    take_registers<Block::kConsumerRegisters>();
     block.consume(group - 1);
+  } else if constexpr (Block::kFinishes) {
+    take_registers<Block::kFinisherRegisters>();
+    block.finish();
   }
   if constexpr (Block::kCluster > 1) cluster_sync();  // the other may still write here and arrive at barriers here
 }

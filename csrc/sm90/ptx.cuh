@@ -46,7 +46,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 #ifdef DIT_MOE_DEBUG_WAIT
   for (int tries = 0; !barrier_try_wait(barrier, parity); ++tries) {
     if (tries == 1 << 12 && stuck_log != nullptr) {
-      volatile uint32_t* log = stuck_log + (blockIdx.x * 12 + threadIdx.x / 32) * 4;
+      volatile uint32_t* log = stuck_log + (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 4;
       log[0] = 1;
       log[1] = threadIdx.x;
       log[2] = barrier;
@@ -135,6 +135,17 @@ __device__ __forceinline__ void give_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- 16 bytes of device memory that nobody will read again, at this place among the other accesses
+
+__device__ __forceinline__ uint4 load_once(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address)
+               : "memory");
+  return value;
 }
 
 // ---- matrices in shared memory

@@ -74,4 +74,24 @@ def grouped_swiglu(
     dtype: int,
     stream: int,
 ) -> None: ...
+def grouped_dswiglu(
+    grad: int,
+    w2: int,
+    expert_offsets: int,
+    h: int,
+    topk_weights: int,
+    row_to_slot: int,
+    dh: int,
+    weighted_a: int,
+    dots: int,
+    num_rows: int,
+    depth: int,
+    width: int,
+    num_experts: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
+
+DSWIGLU_COLUMNS: int  # of a column tile of `dots`
+
 def build_info() -> dict[str, str]: ...

@@ -16,7 +16,7 @@ from dit_moe_kernels import cuda_impl
 
 KERNELS = Path(cuda_impl.__file__).parents[1]
 ROW_OPS = {"permute": 4, "unpermute": 4, "unpermute_backward": 6}  # and how many addresses they take
-PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_swiglu": 5}
+PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_swiglu": 5, "grouped_dswiglu": 9}
 NUM_ADDRESSES = {**ROW_OPS, **PRODUCTS}
 BAD_DTYPE = 7
 FLOAT32, BFLOAT16 = 0, 2

@@ -67,6 +67,31 @@ def grouped_swiglu(x_ND: Tensor, w13_E2FD: Tensor, offsets: Tensor, *, keep_h: b
     return out_NF, h
 
 
+def grouped_dswiglu(
+    grad_ND: Tensor,
+    w2_EDF: Tensor,
+    h_N2F: Tensor,
+    topk_weights_TK: Tensor,
+    row_to_slot_N: Tensor,
+    offsets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradients of the layer's rows before their router weights w, through w2 and SwiGLU.
+
+    Returns:
+        dh (N, 2F), w * swiglu(h) (N, F), and the gradients for w by row, (N,) fp32. Rows past offsets[-1] are not
+        written, in the last: unspecified.
+    """
+    num_experts, depth, width = w2_EDF.shape
+    num_rows = grad_ND.shape[0]
+    dh_N2F, weighted_a_NF = torch.empty_like(h_N2F), grad_ND.new_empty(num_rows, width)
+    columns = extension().DSWIGLU_COLUMNS
+    dots_PN = grad_ND.new_empty(-(-width // columns), num_rows, dtype=torch.float32)
+    inputs = (_aligned(grad_ND), _aligned(w2_EDF), offsets, _aligned(h_N2F), topk_weights_TK, row_to_slot_N)
+    outputs = (dh_N2F, weighted_a_NF, dots_PN)
+    launch("grouped_dswiglu", (*inputs, *outputs), (num_rows, depth, width, num_experts), grad_ND)
+    return dh_N2F, weighted_a_NF, dots_PN.sum(0)
+
+
 def _aligned(matrix: Tensor) -> Tensor:
     """The matrix where the copy engine can read it: only a view into another tensor may need the copy."""
     return matrix.clone() if matrix.data_ptr() % ALIGNMENT else matrix
