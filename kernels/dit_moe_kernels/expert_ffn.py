@@ -133,16 +133,14 @@ def _backward_impl(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, 
     tensors: list[Any] = [t.contiguous() for t in (grad, h, x, w13, w2, topk_weights)]
     if backend == "reference":
         return reference.expert_ffn_backward(*tensors, *plan[:3])
-    from .triton_impl import expert_ffn as kernels
-
-    dh, *others = kernels.expert_ffn_backward(*tensors, *plan)
-    offsets, _row_to_slot, slot_to_row, *tiles = plan
-    w13, top_k = tensors[3], topk_weights.shape[1]
     if backend == "cuda":
         from .cuda_impl import expert_ffn as cuda_kernels
+        from .triton_impl.grouped_gemm_dw import grouped_gemm_dw  # "cuda" has no kernel of its own for it
 
-        return cuda_kernels.expert_ffn_dx(dh, w13, top_k, offsets, slot_to_row), *others
-    return kernels.expert_ffn_dx(dh, w13, top_k, offsets, slot_to_row, *tiles), *others
+        return cuda_kernels.expert_ffn_backward(grouped_gemm_dw, *tensors, *plan[:3])
+    from .triton_impl import expert_ffn as kernels
+
+    return kernels.expert_ffn_backward(*tensors, *plan)
 
 
 def _backward_fake(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, *_: Any):

@@ -1,10 +1,12 @@
-"""The fused expert FFN as a sequence of launches: dispatch, two products, combine; and the gradient for its tokens."""
+"""The fused expert FFN as a sequence of launches: dispatch, two products, combine; and backward, four products."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from .grouped_gemm import grouped_gemm, grouped_gemm_dx, grouped_swiglu
+from .grouped_gemm import grouped_dswiglu, grouped_gemm, grouped_gemm_dx, grouped_swiglu
 from .permute import permute, unpermute
 
 
@@ -30,6 +32,25 @@ def expert_ffn(
     return unpermute(y, topk_weights, slot_to_row, top_k), h
 
 
-def expert_ffn_dx(dh: Tensor, w13: Tensor, top_k: int, offsets: Tensor, slot_to_row: Tensor) -> Tensor:
-    """Gradient for x, from that for h."""
-    return unpermute(grouped_gemm_dx(dh, w13, offsets), None, slot_to_row, top_k)
+def expert_ffn_backward(
+    grouped_gemm_dw: Callable[[Tensor, Tensor, Tensor], Tensor],
+    grad: Tensor,
+    h: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x, w13, w2 and topk_weights; `grouped_gemm_dw` is the product for those of the weights."""
+    top_k = topk_weights.shape[1]
+    grad_rows = permute(grad, row_to_slot, slot_to_row, top_k)
+    dh, weighted_a, dots = grouped_dswiglu(grad_rows, w2, h, topk_weights, row_to_slot, offsets)
+    dtopk_weights = unpermute(dots[:, None], None, slot_to_row, 1).view_as(topk_weights)
+    dw2 = grouped_gemm_dw(grad_rows, weighted_a, offsets)
+    del grad_rows, weighted_a
+    dw13 = grouped_gemm_dw(dh, permute(x, row_to_slot, slot_to_row, top_k), offsets)
+    dx = unpermute(grouped_gemm_dx(dh, w13, offsets), None, slot_to_row, top_k)
+    return dx, dw13, dw2, dtopk_weights

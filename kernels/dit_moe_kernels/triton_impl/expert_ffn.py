@@ -67,7 +67,7 @@ def expert_ffn_backward(
     tile_row: Tensor,
     tile_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for the pre-activations h, which `expert_ffn_dx` takes, and for w13, w2 and topk_weights."""
+    """Gradients for x, w13, w2 and topk_weights."""
     top_k, num_rows, width = topk_weights.shape[1], row_to_slot.shape[0], w2.shape[2]
     plan: dict[str, Any] = {
         "offsets": offsets,
@@ -101,19 +101,5 @@ def expert_ffn_backward(
     dw2 = grouped_gemm_dw.grouped_gemm_dw(grad_rows, weighted_a, offsets)
     del grad_rows, weighted_a
     dw13 = grouped_gemm_dw.grouped_gemm_dw(dh, permute.permute(x, row_to_slot, top_k), offsets)
-    return dh, dw13, dw2, dtopk_weights
-
-
-def expert_ffn_dx(
-    dh: Tensor,
-    w13: Tensor,
-    top_k: int,
-    offsets: Tensor,
-    slot_to_row: Tensor,
-    tile_expert: Tensor,
-    tile_row: Tensor,
-    tile_rows: int,
-) -> Tensor:
-    """Gradient for x, from that for h."""
     dx_rows = grouped_gemm.grouped_gemm_dx(dh, w13, offsets, tile_expert, tile_row, tile_rows)
-    return permute.unpermute(dx_rows, None, slot_to_row, top_k)
+    return permute.unpermute(dx_rows, None, slot_to_row, top_k), dw13, dw2, dtopk_weights
