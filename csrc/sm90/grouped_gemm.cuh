@@ -60,6 +60,7 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   using Element = typename C::Element;
   using Arguments = GroupedArguments;
   using Scheduler = TileScheduler<kTileM * C::kCluster>;
+  using Layout = typename C::Layout;
   static constexpr int kCluster = C::kCluster;
 
   __device__ __forceinline__ Block(const CUtensorMap& map_a, const CUtensorMap& map_b, const Arguments& arguments,
@@ -89,8 +90,9 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     Tile tile;
     int lead = C::kStagger < steps_ ? C::kStagger : steps_;
     while (scheduler.next(tile)) {
-      this->drain(ring, steps_, group, lead, accumulators,
-                  [&](int stage, int step) { multiply(stage, group, step, accumulators); });
+      this->drain(
+          ring, steps_, group, lead, accumulators,
+          [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {});
       lead = 0;
       store(tile, group, accumulators);
     }
