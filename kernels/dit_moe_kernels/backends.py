@@ -99,7 +99,7 @@ def resolve(
         device: of the inputs; a type of device does where kernels run on every GPU.
         dtype: of the inputs.
         whole_chunks: of the products' widths, what `whole_chunks` says.
-        training: whether a gradient may be asked for: then the CUDA products need Triton too.
+        training: whether a gradient may be asked for: then the fused CUDA layer needs Triton too.
 
     Raises:
         ValueError: the name is unknown.
@@ -162,7 +162,7 @@ def _reason_against(
         return f"got {dtype}, expected one of {_KERNEL_DTYPES}"
     reason = availability(backend, torch.device(device).type)
     if reason is None and backend == "cuda" and family in _PRODUCTS:
-        if training:
+        if training and family == "expert_ffn":
             reason = availability("triton", torch.device(device).type)
             if reason is not None:
                 return f"a gradient may be asked for, and it leaves those of the weights to Triton: {reason}"

@@ -148,7 +148,7 @@ def test_auto_prefers_kernels_on_a_gpu():
         assert resolved(family=family, device="cuda", dtype=BF16, whole_chunks=False) == "triton"
 
 
-def test_products_without_triton_for_their_gradients_or_of_other_widths_are_refused_with_the_reason(monkeypatch):
+def test_products_without_triton_for_gradients_or_of_other_widths_are_refused_with_the_reason(monkeypatch):
     """As if the extension were there, on this machine's device, at first with Triton."""
     from dit_moe_kernels.cuda_impl import grouped_gemm as kernels
 
@@ -163,6 +163,7 @@ def test_products_without_triton_for_their_gradients_or_of_other_widths_are_refu
         assert resolved("cuda", "expert_ffn", dtype=BF16) == "cuda"
         with pytest.raises(BackendUnavailableError, match="'cuda' cannot run expert_ffn: a gradient.*no Triton"):
             resolved("cuda", "expert_ffn", dtype=BF16, training=True)
+        assert resolved("cuda", "grouped_gemm", dtype=BF16, training=True) == "cuda"
         with pytest.raises(BackendUnavailableError, match="'cuda' cannot run grouped_gemm: widths"):
             resolved("cuda", "grouped_gemm", dtype=BF16, whole_chunks=False)
     finally:
