@@ -60,6 +60,14 @@ void grouped_gemm_dx(Address grad, Address w, Address expert_offsets, Address dx
                                 depth, width, num_experts, dtype, stream_handle(stream)));
 }
 
+void grouped_gemm_dw(Address grad, Address x, Address expert_offsets, Address dw, int64_t num_rows, int64_t height,
+                     int64_t width, int64_t num_experts, int32_t accumulate, DitMoeDtype dw_dtype, DitMoeDtype dtype,
+                     Address stream) {
+  check("grouped_gemm_dw",
+        dit_moe_grouped_gemm_dw(pointer(grad), pointer(x), pointer<int32_t>(expert_offsets), pointer(dw), num_rows,
+                                height, width, num_experts, accumulate, dw_dtype, dtype, stream_handle(stream)));
+}
+
 void grouped_swiglu(Address x, Address w13, Address expert_offsets, Address out, Address h, int64_t num_rows,
                     int64_t depth, int64_t width, int64_t num_experts, DitMoeDtype dtype, Address stream) {
   check("grouped_swiglu",
@@ -111,6 +119,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("grouped_gemm_dx", &grouped_gemm_dx, Unlocked(), py::arg("grad"), py::arg("w"), py::arg("expert_offsets"),
              py::arg("dx"), py::arg("num_rows"), py::arg("depth"), py::arg("width"), py::arg("num_experts"),
              py::arg("dtype"), py::arg("stream"));
+  module.def("grouped_gemm_dw", &grouped_gemm_dw, Unlocked(), py::arg("grad"), py::arg("x"), py::arg("expert_offsets"),
+             py::arg("dw"), py::arg("num_rows"), py::arg("height"), py::arg("width"), py::arg("num_experts"),
+             py::arg("accumulate"), py::arg("dw_dtype"), py::arg("dtype"), py::arg("stream"));
   module.def("grouped_swiglu", &grouped_swiglu, Unlocked(), py::arg("x"), py::arg("w13"), py::arg("expert_offsets"),
              py::arg("out"), py::arg("h"), py::arg("num_rows"), py::arg("depth"), py::arg("width"),
              py::arg("num_experts"), py::arg("dtype"), py::arg("stream"));

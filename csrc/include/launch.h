@@ -80,6 +80,14 @@ cudaError_t dit_moe_grouped_dswiglu(const void* grad, const void* w2, const int3
                                     float* dots, int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts,
                                     DitMoeDtype dtype, cudaStream_t stream);
 
+// dw[e] = sum over the rows r of expert e of grad[r]^T x[r], the gradient of dit_moe_grouped_gemm for its weights;
+// zeros for an expert without rows. If accumulate is not 0, dw[e] += that, added in fp32. dw_dtype is dtype or fp32.
+//   grad (N, O) dtype, x (N, I) dtype, expert_offsets (E + 1,) int32 -> dw (E, O, I) dw_dtype; height is O, width I,
+//   N at most 2^30
+cudaError_t dit_moe_grouped_gemm_dw(const void* grad, const void* x, const int32_t* expert_offsets, void* dw,
+                                    int64_t num_rows, int64_t height, int64_t width, int64_t num_experts,
+                                    int32_t accumulate, DitMoeDtype dw_dtype, DitMoeDtype dtype, cudaStream_t stream);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif

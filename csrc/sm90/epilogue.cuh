@@ -134,4 +134,87 @@ __device__ __forceinline__ void store_tile(uint32_t staging, const RowBlock<Elem
   if constexpr (kFirst + count < kColumns) store_tile<kColumns, kFirst + count>(staging, block, column, width, pair);
 }
 
+// ---- fp32 sums, on top of what is there
+
+// Four neighbouring elements of a row.
+template <typename Sum>
+using Quad = std::conditional_t<std::is_same_v<Sum, float>, float4, uint2>;
+
+template <typename Sum>
+__device__ __forceinline__ Quad<Sum> add_quad(const Quad<Sum>& old, const uint4& sums) {
+  const float x = __uint_as_float(sums.x), y = __uint_as_float(sums.y);
+  const float z = __uint_as_float(sums.z), w = __uint_as_float(sums.w);
+  if constexpr (std::is_same_v<Sum, float>) {
+    return {old.x + x, old.y + y, old.z + z, old.w + w};
+  } else {
+    const float2 a = widen_pair<Sum>(old.x), b = widen_pair<Sum>(old.y);
+    return {round_pair<Sum>(a.x + x, a.y + y), round_pair<Sum>(b.x + z, b.y + w)};
+  }
+}
+
+// Asks for a warp's rows to come to the L2 cache; add_tile will read them.
+template <int kColumns, typename Sum>
+__device__ __forceinline__ void prefetch_rows(const RowBlock<Sum>& block, int column, int width) {
+  constexpr int line = 128 / sizeof(Sum);
+  const int row = threadIdx.x % kWarpRows;
+  if (row >= block.rows) return;
+  for (int i = threadIdx.x % 32 / kWarpRows * line; i < kColumns && column + i < width; i += 2 * line) {
+    prefetch_line(block.out + row * block.stride + column + i);
+  }
+}
+
+// Stores kColumns columns (a multiple of 16) of accumulators, in fp32 all the way, plus what is there if `accumulate`.
+// 32 columns at a time, and the next ones are read before these are written.
+template <int kColumns, typename Sum>
+__device__ __forceinline__ void add_tile(uint32_t staging, const RowBlock<Sum>& block, int column, int width,
+                                         bool accumulate, const float (&sums)[kColumns / 2]) {
+  constexpr int pass_columns = 32;
+  constexpr int passes = (kColumns + pass_columns - 1) / pass_columns;
+  const int lane = threadIdx.x % 32;
+  // 16-byte chunk c of row r lies at chunk c ^ 2 (r % 4), which keeps writes of 8 bytes and reads of 16 free of bank
+  // conflicts. Staging is aligned to more than a row, hence xor again.
+  const uint32_t write_address = staging + lane / 4 * 128 + (lane / 4 % 4 * 2 ^ lane % 4 / 2) * 16 + lane % 2 * 8;
+  const int chunk = lane % 8;
+  const int row = lane / 8;
+  const uint32_t read_address = staging + row * 128 + (chunk ^ row * 2) * 16;
+  const int64_t step = 4 * block.stride;
+  const int place = column + chunk * 4;
+  Sum* out = block.out + row * block.stride + place;
+  const auto valid = [&](int pass, int i) {
+    const int first = pass * pass_columns;
+    const bool inside = kColumns % pass_columns == 0 || first + chunk * 4 < kColumns;
+    return inside && place + first < width && row + 4 * i < block.rows;
+  };
+  Quad<Sum> old[2][kWarpRows / 4];
+  const auto fetch = [&](int pass) {
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 4; ++i) {
+      old[pass % 2][i] = {};
+      if (accumulate && valid(pass, i)) {
+        old[pass % 2][i] = __ldcs(reinterpret_cast<const Quad<Sum>*>(out + i * step + pass * pass_columns));
+      }
+    }
+  };
+  fetch(0);
+#pragma unroll
+  for (int pass = 0; pass < passes; ++pass) {
+    if (pass + 1 < passes) fetch(pass + 1);
+#pragma unroll
+    for (int j = 0; j < pass_columns / 8; ++j) {
+      const int first = pass * pass_columns / 2 + 4 * j;
+      if (first < kColumns / 2) {
+        store_shared(write_address ^ (2 * j * 16), make_float2(sums[first], sums[first + 1]));
+        store_shared((write_address ^ (2 * j * 16)) + 8 * 128, make_float2(sums[first + 2], sums[first + 3]));
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 4; ++i) {
+      const Quad<Sum> sum = add_quad<Sum>(old[pass % 2][i], load_shared(read_address + 4 * i * 128));
+      if (valid(pass, i)) __stcs(reinterpret_cast<Quad<Sum>*>(out + i * step + pass * pass_columns), sum);
+    }
+    __syncwarp();
+  }
+}
+
 }  // namespace dit_moe::sm90

@@ -69,6 +69,7 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   using Element = typename C::Element;
   using Arguments = GroupedArguments;
   using Scheduler = TileScheduler<kTileM * C::kCluster>;
+  using Layout = typename C::Layout;
   static constexpr int kCluster = C::kCluster;
   static constexpr bool kFinishes = C::kFinishes;
   static constexpr int kConsumerRegisters = !kFinishes ? Base::kConsumerRegisters : C::kTileN > 192 ? 168 : 144;
@@ -102,8 +103,9 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     int lead = C::kStagger < steps_ ? C::kStagger : steps_;
     uint32_t phase = 0;
     while (scheduler.next(tile)) {
-      this->drain(ring, steps_, group, lead, accumulators,
-                  [&](int stage, int step) { multiply(stage, group, step, accumulators); });
+      this->drain(
+          ring, steps_, group, lead, accumulators,
+          [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {});
       lead = 0;
       if constexpr (kFinishes) {
         hand_over(group, phase, accumulators);

@@ -39,6 +39,32 @@ inline bool valid(const Problem& problem) {
          problem.num_experts <= std::numeric_limits<int32_t>::max() / kTileM;
 }
 
+template <class Block>
+cudaError_t enqueue(const CUtensorMap& map_a, const CUtensorMap& map_b, const typename Block::Arguments& arguments,
+                    int64_t clusters, cudaStream_t stream) {
+  const auto kernel = grouped_gemm_kernel<Block>;
+  constexpr int bytes = Block::Layout::kDynamicBytes;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {Block::kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * Block::kCluster));
+  config.blockDim = dim3(kThreads<Block>);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, map_a, map_b, arguments);
+}
+
+inline cudaError_t count_multiprocessors(int* count) {
+  int device;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
 template <class C>
 cudaError_t launch(const Problem& problem, int multiprocessors) {
   using Element = typename C::Element;
@@ -53,21 +79,7 @@ cudaError_t launch(const Problem& problem, int multiprocessors) {
   error = make_map(&map_b, problem.w, is_bf16, C::kTransposed ? columns : problem.depth,
                    C::kTransposed ? problem.depth : columns, problem.num_experts, C::kBoxRows);
   if (error != cudaSuccess) return error;
-  const auto kernel = grouped_gemm_kernel<Block<C>>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::Layout::kDynamicBytes);
-  if (error != cudaSuccess) return error;
-
   const int64_t clusters = std::min<int64_t>(tiles_m * tiles_n, multiprocessors / C::kCluster);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {C::kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * C::kCluster));
-  config.blockDim = dim3(kThreads<Block<C>>);
-  config.dynamicSmemBytes = C::Layout::kDynamicBytes;
-  config.stream = problem.stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   const GroupedArguments arguments{problem.offsets,
                                    problem.out,
                                    problem.h,
@@ -76,7 +88,7 @@ cudaError_t launch(const Problem& problem, int multiprocessors) {
                                    static_cast<int>(problem.width),
                                    problem.rows,
                                    problem.dswiglu};
-  return cudaLaunchKernelEx(&config, kernel, map_a, map_b, arguments);
+  return enqueue<Block<C>>(map_a, map_b, arguments, clusters, problem.stream);
 }
 
 template <int kColumns, int kCluster>
@@ -89,10 +101,8 @@ template <typename Element, Epilogue kEpilogue, bool kTransposed, typename... Op
 cudaError_t launch_best(const Problem& problem) {
   if (!valid(problem)) return cudaErrorInvalidValue;
   if (problem.rows == 0) return cudaSuccess;
-  int device, multiprocessors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors;
+  cudaError_t error = count_multiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;
   constexpr TileShape shapes[] = {Options::kShape...};
   const bool paired = kEpilogue == Epilogue::kSwiGLU || kEpilogue == Epilogue::kSwiGLUKeep;

@@ -99,14 +99,15 @@ class Pipeline {
     }
   }
 
-  // A consumer's part: multiply(stage, step) starts the products of a K step. The first consumer leads the second by
-  // `lead` steps (0: not from here on), so that their epilogues do not coincide.
-  template <int kCount, typename Multiply>
+  // A consumer's part: multiply(stage, step) starts the products of a K step, prepare(step) comes before each. The
+  // first consumer leads the second by `lead` steps (0: not from here on), so that their epilogues do not coincide.
+  template <int kCount, typename Multiply, typename Prepare>
   __device__ __forceinline__ void drain(StageRing& ring, int steps, int group, int lead, float (&accumulators)[kCount],
-                                        const Multiply& multiply) const {
+                                        const Multiply& multiply, const Prepare& prepare) const {
     if (group == 1 && lead > 0) named_barrier_wait();
     int previous = 0;
     for (int step = 0; step < steps; ++step) {
+      prepare(step);
       barrier_wait(full(ring.stage), ring.phase);
       mma_fence();
       multiply(ring.stage, step);

@@ -115,6 +115,29 @@ __device__ __forceinline__ void copy_box_multicast(const CUtensorMap* map, uint3
       : "memory");
 }
 
+// The same two for four coordinates.
+__device__ __forceinline__ void copy_box(const CUtensorMap* map, uint32_t destination, uint32_t barrier, int c0, int c1,
+                                         int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_box_multicast(const CUtensorMap* map, uint32_t destination, uint32_t barrier,
+                                                   uint16_t mask, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4, "
+      "%5, %6, %7}], [%2], %3;" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "h"(mask), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // ---- clusters and register shares
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -155,6 +178,10 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(fragments[0]),
                "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
                : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float2 value) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x), "f"(value.y) : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {

@@ -12,8 +12,22 @@ struct Tile {
   int column;  // in tiles
 };
 
-// Tiles are numbered expert by expert. Within an expert, groups of `group_m` row tiles sweep over the columns together,
-// so that a wave of blocks shares both rows and weights in the L2 cache.
+struct Place {
+  int row, column;  // in tiles
+};
+
+// The place of a tile's number within an expert: groups of `group_m` row tiles sweep over the columns together, so that
+// a wave of blocks shares both operands in the L2 cache.
+__device__ __forceinline__ Place sweep(int number, int tiles_m, int tiles_n, int group_m) {
+  const int width = group_m * tiles_n;
+  const int group = number / width;
+  const int height = min(tiles_m - group * group_m, group_m);
+  const int place = number - group * width;
+  const int column = place / height;
+  return {group * group_m + place - column * height, column};
+}
+
+// Tiles are numbered expert by expert.
 template <int kRows>
 class TileScheduler {
  public:
@@ -44,15 +58,11 @@ class TileScheduler {
   __device__ __forceinline__ int tiles_m() const { return (end_ - start_ + kRows - 1) / kRows; }
 
   __device__ __forceinline__ void place(int local, Tile& tile) const {
-    const int width = group_m_ * tiles_n_;
-    const int group = local / width;
-    const int height = min(tiles_m() - group * group_m_, group_m_);
-    const int place = local - group * width;
-    const int column = place / height;
+    const Place place = sweep(local, tiles_m(), tiles_n_, group_m_);
     tile.expert = expert_;
-    tile.row = start_ + (group * group_m_ + place - column * height) * kRows;
+    tile.row = start_ + place.row * kRows;
     tile.end = end_;
-    tile.column = column;
+    tile.column = place.column;
   }
 
   const int32_t* offsets_;
@@ -61,6 +71,43 @@ class TileScheduler {
   int step_;
   int expert_ = 0;
   int start_, end_;
+};
+
+struct WeightTile {
+  int expert;
+  int start, end;   // the expert's rows
+  int row, column;  // of the gradient, in tiles
+};
+
+// The same for weight gradients: tiles_m x tiles_n tiles for every expert.
+class WeightScheduler {
+ public:
+  __device__ __forceinline__ WeightScheduler(const int32_t* offsets, int num_experts, int tiles_m, int tiles_n,
+                                             int group_m, int first, int step)
+      : offsets_(offsets),
+        num_tiles_(num_experts * tiles_m * tiles_n),
+        tiles_m_(tiles_m),
+        tiles_n_(tiles_n),
+        group_m_(group_m),
+        next_(first),
+        step_(step) {}
+
+  // False when no tile is left.
+  __device__ __forceinline__ bool next(WeightTile& tile) {
+    if (next_ >= num_tiles_) return false;
+    tile.expert = next_ / (tiles_m_ * tiles_n_);
+    tile.start = __ldg(offsets_ + tile.expert);
+    tile.end = __ldg(offsets_ + tile.expert + 1);
+    const Place place = sweep(next_ - tile.expert * tiles_m_ * tiles_n_, tiles_m_, tiles_n_, group_m_);
+    tile.row = place.row;
+    tile.column = place.column;
+    next_ += step_;
+    return true;
+  }
+
+ private:
+  const int32_t* offsets_;
+  int num_tiles_, tiles_m_, tiles_n_, group_m_, next_, step_;
 };
 
 }  // namespace dit_moe::sm90

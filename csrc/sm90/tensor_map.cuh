@@ -26,21 +26,44 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// A stack of `depth` row-major matrices (rows, columns) of 16-bit elements, read in boxes of box_rows x 64 elements.
-inline cudaError_t make_map(CUtensorMap* map, const void* matrices, bool is_bf16, int64_t columns, int64_t rows,
-                            int64_t depth, int box_rows) {
+// Rank 2 to 4; sizes[0] are the elements of a row, strides are in bytes and begin with that of dimension 1.
+template <int kRank>
+cudaError_t encode_map(CUtensorMap* map, const void* address, bool is_bf16, const cuuint64_t (&sizes)[kRank],
+                       const cuuint64_t (&strides)[kRank - 1], int box_rows) {
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                               static_cast<cuuint64_t>(depth)};
-  const cuuint64_t strides[2] = {sizes[0] * 2, sizes[0] * sizes[1] * 2};
-  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), 1};
-  const cuuint32_t steps[3] = {1, 1, 1};
+  cuuint32_t box[kRank], steps[kRank];
+  for (int i = 0; i < kRank; ++i) box[i] = steps[i] = 1;
+  box[0] = 64;
+  box[1] = static_cast<cuuint32_t>(box_rows);
   const CUresult result =
-      encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, depth > 0 ? 3 : 2,
-             const_cast<void*>(matrices), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank,
+             const_cast<void*>(address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// A stack of `depth` row-major matrices (rows, columns) of 16-bit elements, read in boxes of box_rows x 64 elements.
+// depth = 0: a single matrix, with two coordinates.
+inline cudaError_t make_map(CUtensorMap* map, const void* matrices, bool is_bf16, int64_t columns, int64_t rows,
+                            int64_t depth, int box_rows) {
+  const cuuint64_t width = columns, height = rows, stride = width * 2;
+  if (depth == 0) return encode_map<2>(map, matrices, is_bf16, {width, height}, {stride}, box_rows);
+  return encode_map<3>(map, matrices, is_bf16, {width, height, static_cast<cuuint64_t>(depth)},
+                       {stride, stride * height}, box_rows);
+}
+
+// A row-major matrix of which each copy sees the rows [first, end) alone and zeros below them. Row r of them is read at
+// the coordinates (column, kRaggedRows - (end - first) + r, end, kRaggedRows): the second meets its bound kRaggedRows
+// at the end of the rows, and the others move its origin there. That makes the sum of all strides times coordinates
+// kRaggedRows * 2^35 bytes too much, which is nothing in addresses of 64 bits. (The way of Triton's ragged_tma.py.)
+constexpr int kRaggedRows = 1 << 30;
+
+inline cudaError_t make_ragged_map(CUtensorMap* map, const void* matrix, bool is_bf16, int64_t columns, int box_rows) {
+  constexpr cuuint64_t any = 0x7fff0000, whole = cuuint64_t{1} << 35;
+  const cuuint64_t width = columns, stride = width * 2;
+  return encode_map<4>(map, matrix, is_bf16, {width, kRaggedRows, any, any}, {stride, stride, whole - stride},
+                       box_rows);
 }
 
 }  // namespace dit_moe::sm90

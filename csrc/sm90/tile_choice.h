@@ -31,20 +31,46 @@ inline double expected_time(TileShape shape, bool deep, int64_t rows, int64_t nu
   return static_cast<double>(rounds * shape.columns) * narrow * alone;
 }
 
-// The shape with the least expected time; the first of equals. `deep`: the product is deeper than wide.
-template <int kCount>
-TileShape choose_tile(const TileShape (&shapes)[kCount], bool deep, int64_t rows, int64_t num_experts, int64_t columns,
-                      int multiprocessors) {
-  TileShape best = shapes[0];
-  double best_time = expected_time(best, deep, rows, num_experts, columns, multiprocessors);
+// The shape with the least time(shape); the first of equals.
+template <typename Shape, int kCount, typename Time>
+Shape fastest(const Shape (&shapes)[kCount], const Time& time) {
+  Shape best = shapes[0];
+  double best_time = time(best);
   for (int i = 1; i < kCount; ++i) {
-    const double time = expected_time(shapes[i], deep, rows, num_experts, columns, multiprocessors);
-    if (time < best_time) {
+    const double other_time = time(shapes[i]);
+    if (other_time < best_time) {
       best = shapes[i];
-      best_time = time;
+      best_time = other_time;
     }
   }
   return best;
+}
+
+// `deep`: the product is deeper than wide.
+template <int kCount>
+TileShape choose_tile(const TileShape (&shapes)[kCount], bool deep, int64_t rows, int64_t num_experts, int64_t columns,
+                      int multiprocessors) {
+  return fastest(
+      shapes, [&](TileShape shape) { return expected_time(shape, deep, rows, num_experts, columns, multiprocessors); });
+}
+
+// ---- weight gradients: as many tiles for every expert, each as deep as the expert has rows
+
+struct WeightShape {
+  int columns;
+  bool tall;  // the two blocks of a cluster are neighbours along the rows of the gradient, otherwise along the columns
+};
+
+inline bool operator==(WeightShape a, WeightShape b) { return a.columns == b.columns && a.tall == b.tall; }
+
+// In the terms of expected_time. A wide pair fetches more: the operand that it shares is the narrow one.
+inline double expected_weight_time(WeightShape shape, int64_t num_experts, int64_t height, int64_t width,
+                                   int multiprocessors) {
+  const int64_t tiles = ceil_div(height, kTileM * (shape.tall ? 2 : 1)) *
+                        ceil_div(width, shape.columns * (shape.tall ? 1 : 2)) * num_experts;
+  const int64_t rounds = ceil_div(tiles, multiprocessors / 2);
+  const double narrow = shape.columns <= 128 ? 1.09 : shape.columns < 192 ? 1.02 : 1.0;
+  return static_cast<double>(rounds * shape.columns) * narrow * (shape.tall ? 1.0 : 1.03);
 }
 
 }  // namespace dit_moe::sm90

@@ -61,6 +61,20 @@ def grouped_gemm_dx(
     dtype: int,
     stream: int,
 ) -> None: ...
+def grouped_gemm_dw(
+    grad: int,
+    x: int,
+    expert_offsets: int,
+    dw: int,
+    num_rows: int,
+    height: int,
+    width: int,
+    num_experts: int,
+    accumulate: int,
+    dw_dtype: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
 def grouped_swiglu(
     x: int,
     w13: int,

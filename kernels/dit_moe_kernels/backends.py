@@ -95,7 +95,6 @@ def resolve(
     dtype: torch.dtype,
     *,
     whole_chunks: bool = True,
-    training: bool = False,
 ) -> str:
     """Turn a requested backend into the one that runs.
 
@@ -105,7 +104,6 @@ def resolve(
         device: of the inputs; a type of device does where kernels run on every GPU.
         dtype: of the inputs.
         whole_chunks: of the products' widths, what `whole_chunks` says.
-        training: whether a gradient may be asked for: then the CUDA products need Triton too.
 
     Raises:
         ValueError: the name is unknown.
@@ -113,7 +111,7 @@ def resolve(
     """
     if backend == "auto":
         backend = getattr(_local, "backend", None) or "auto"
-    return _settle(backend, family, device, dtype, whole_chunks, training)
+    return _settle(backend, family, device, dtype, whole_chunks)
 
 
 def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
@@ -122,7 +120,7 @@ def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
 
 
 def _settle(
-    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool
+    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool
 ) -> str:
     if backend == "auto":
         backend = os.environ.get(ENV_BACKEND, "auto")
@@ -130,8 +128,8 @@ def _settle(
     else:
         _check_name(backend, "backend")
     if backend == "auto":
-        return _choose(family, device, dtype, whole_chunks, training)
-    reason = _reason_against(backend, family, device, dtype, whole_chunks, training)
+        return _choose(family, device, dtype, whole_chunks)
+    reason = _reason_against(backend, family, device, dtype, whole_chunks)
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend!r} cannot run {family}: {reason}")
     return backend
@@ -143,11 +141,11 @@ _settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool) -> str:
+def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool) -> str:
     """The first backend of the preference list that can run; says once what was chosen and why."""
     rejected: list[str] = []
     for candidate in _PREFERENCE[family]:
-        reason = _reason_against(candidate, family, device, dtype, whole_chunks, training)
+        reason = _reason_against(candidate, family, device, dtype, whole_chunks)
         if reason is None:
             why = "; ".join(rejected) or "first choice"
             on_gpu = torch.device(device).type == "cuda"
@@ -160,7 +158,7 @@ def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_c
 
 @functools.cache
 def _reason_against(
-    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool
+    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool
 ) -> str | None:
     if backend not in _PREFERENCE[family]:
         return f"it implements only {sorted(f for f, names in _PREFERENCE.items() if backend in names)}"
@@ -168,10 +166,6 @@ def _reason_against(
         return f"got {dtype}, expected one of {_KERNEL_DTYPES}"
     reason = availability(backend, torch.device(device).type)
     if reason is None and backend == "cuda" and family in _PRODUCTS:
-        if training:
-            reason = availability("triton", torch.device(device).type)
-            if reason is not None:
-                return f"a gradient may be asked for, and it leaves those of the weights to Triton: {reason}"
         from .cuda_impl import grouped_gemm
 
         return grouped_gemm.unsupported(torch.device(device), dtype, whole_chunks)

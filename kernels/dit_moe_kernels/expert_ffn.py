@@ -30,7 +30,7 @@ def expert_ffn(
         w2: (E, D, F) float.
         topk_weights: (T, K) fp32 (fp64 where x is).
         plan: routing of these T tokens to these E experts.
-        backend: "auto", "cuda" (Hopper; weight gradients by Triton), "triton" or "reference".
+        backend: "auto", "cuda" (Hopper), "triton" or "reference".
 
     Returns:
         (T, D), in autocast's dtype under autocast, else in x's dtype, which w13 and w2 must share.
@@ -45,7 +45,7 @@ def expert_ffn(
     check_topk_weights(topk_weights, x, plan)
     save_h = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w13, w2, topk_weights))
     fits = backends.whole_chunks(dtype, x.shape[1], w2.shape[2])
-    name = backends.resolve(backend, "expert_ffn", x.device, dtype, whole_chunks=fits, training=save_h)
+    name = backends.resolve(backend, "expert_ffn", x.device, dtype, whole_chunks=fits)
     return _expert_ffn(x.to(dtype), w13.to(dtype), w2.to(dtype), topk_weights, *plan[1:7], save_h, name)[0]
 
 
@@ -135,9 +135,8 @@ def _backward_impl(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, 
         return reference.expert_ffn_backward(*tensors, *plan[:3])
     if backend == "cuda":
         from .cuda_impl import expert_ffn as cuda_kernels
-        from .triton_impl.grouped_gemm_dw import grouped_gemm_dw  # "cuda" has no kernel of its own for it
 
-        return cuda_kernels.expert_ffn_backward(grouped_gemm_dw, *tensors, *plan[:3])
+        return cuda_kernels.expert_ffn_backward(*tensors, *plan[:3])
     from .triton_impl import expert_ffn as kernels
 
     return kernels.expert_ffn_backward(*tensors, *plan)

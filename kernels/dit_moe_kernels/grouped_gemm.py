@@ -19,7 +19,7 @@ def grouped_gemm(x: Tensor, w: Tensor, plan: RoutingPlan, *, backend: str = "aut
         x: (N, I) float, rows sorted by expert as `permute` gives them.
         w: (E, O, I) float, a weight per expert in nn.Linear's layout.
         plan: the routing that ordered the rows.
-        backend: "auto", "cuda" (Hopper; weight gradients by Triton), "triton" or "reference".
+        backend: "auto", "cuda" (Hopper), "triton" or "reference".
 
     Returns:
         (N, O), in autocast's dtype under autocast, else in x's dtype, which w must share. Rows past the last row in
@@ -32,9 +32,8 @@ def grouped_gemm(x: Tensor, w: Tensor, plan: RoutingPlan, *, backend: str = "aut
     checks.check_shape("x", x, (plan.num_rows, w.shape[2]))
     checks.check_shape("w", w, (plan.num_experts, *w.shape[1:]))
     dtype = checks.autocast_dtype(x)
-    training = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
     fits = backends.whole_chunks(dtype, *w.shape[1:])
-    name = backends.resolve(backend, "grouped_gemm", x.device, dtype, whole_chunks=fits, training=training)
+    name = backends.resolve(backend, "grouped_gemm", x.device, dtype, whole_chunks=fits)
     tiles = (plan.expert_offsets, plan.tile_expert, plan.tile_row, plan.tile_rows)
     return _grouped_gemm(x.to(dtype), w.to(dtype), *tiles, name)
 
@@ -110,7 +109,11 @@ _grouped_gemm_dx = define_op(f"grouped_gemm_dx(Tensor grad, Tensor w, {_PLAN_SCH
 
 
 def _dw_impl(grad: Tensor, x: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    if backend != "reference":  # "cuda" has no kernel of its own for it
+    if backend == "cuda":
+        from .cuda_impl import grouped_gemm_dw as cuda_kernels
+
+        return cuda_kernels.grouped_gemm_dw(grad.contiguous(), x.contiguous(), offsets)
+    if backend == "triton":
         from .triton_impl import grouped_gemm_dw as kernels
 
         return kernels.grouped_gemm_dw(grad.contiguous(), x.contiguous(), offsets)

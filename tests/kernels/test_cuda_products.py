@@ -192,7 +192,7 @@ def test_auto_takes_them(target):
 @pytest.mark.parametrize("case", [*SMALL_CASES, ONE_EXPERT, *MODEL_CASES], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradients(target, case):
-    """All gradients of the fused layer and of one product, with the weights' by Triton."""
+    """All gradients of the fused layer and of one product."""
     check_expert_ffn(target, case)
     check_grouped_gemm(target, case, case.width, case.hidden)
 

@@ -16,7 +16,7 @@ from dit_moe_kernels import cuda_impl
 
 KERNELS = Path(cuda_impl.__file__).parents[1]
 ROW_OPS = {"permute": 4, "unpermute": 4, "unpermute_backward": 6}  # and how many addresses they take
-PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_swiglu": 5, "grouped_dswiglu": 9}
+PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_gemm_dw": 4, "grouped_swiglu": 5, "grouped_dswiglu": 9}
 NUM_ADDRESSES = {**ROW_OPS, **PRODUCTS}
 BAD_DTYPE = 7
 FLOAT32, BFLOAT16 = 0, 2
@@ -40,6 +40,8 @@ def arguments(
     sizes = [rows, depth, width, experts] if op in PRODUCTS else [rows, width, top_k]
     if dtype is None:
         dtype = BFLOAT16 if op in PRODUCTS else FLOAT32
+    if op == "grouped_gemm_dw":
+        sizes += [1, BFLOAT16]  # added to what is there, which is of that dtype
     return [0] * NUM_ADDRESSES[op] + [*sizes, dtype, 0]
 
 
@@ -92,6 +94,16 @@ def test_addresses_of_products_must_be_aligned(op):
 @pytest.mark.parametrize("op", PRODUCTS)
 def test_no_product_is_launched_without_rows(op):
     getattr(cuda_impl.extension(), op)(*arguments(op, rows=0))
+
+
+@needs_products
+@pytest.mark.parametrize(
+    ("dtype", "sum_dtype"), [(1, BFLOAT16), (BFLOAT16, 1), (BFLOAT16, BAD_DTYPE), (FLOAT32, FLOAT32)]
+)
+def test_sums_of_weight_gradients_are_fp32_or_of_the_same_dtype(dtype, sum_dtype):
+    *sizes, _, _, _ = arguments("grouped_gemm_dw")
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        cuda_impl.extension().grouped_gemm_dw(*sizes, sum_dtype, dtype, 0)
 
 
 @needs_extension

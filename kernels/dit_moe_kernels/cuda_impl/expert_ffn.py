@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from .grouped_gemm import grouped_dswiglu, grouped_gemm, grouped_gemm_dx, grouped_swiglu
+from .grouped_gemm_dw import grouped_gemm_dw
 from .permute import permute, unpermute
 
 
@@ -33,7 +32,6 @@ def expert_ffn(
 
 
 def expert_ffn_backward(
-    grouped_gemm_dw: Callable[[Tensor, Tensor, Tensor], Tensor],
     grad: Tensor,
     h: Tensor,
     x: Tensor,
@@ -44,7 +42,7 @@ def expert_ffn_backward(
     row_to_slot: Tensor,
     slot_to_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x, w13, w2 and topk_weights; `grouped_gemm_dw` is the product for those of the weights."""
+    """Gradients for x, w13, w2 and topk_weights."""
     top_k = topk_weights.shape[1]
     grad_rows = permute(grad, row_to_slot, slot_to_row, top_k)
     dh, weighted_a, dots = grouped_dswiglu(grad_rows, w2, h, topk_weights, row_to_slot, offsets)

@@ -15,11 +15,16 @@ from . import extension
 
 def launch(op: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], like: Tensor) -> None:
     """Call a function of the compiled module in the dtype of `like`, on the current stream of its device."""
-    module = extension()
-    dtype = {torch.float32: module.FLOAT32, torch.float16: module.FLOAT16, torch.bfloat16: module.BFLOAT16}[like.dtype]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    dtype = dtype_code(like.dtype)
     stream = torch.cuda.current_stream(like.device).cuda_stream
     try:
-        getattr(module, op)(*addresses, *sizes, dtype, stream)
+        getattr(extension(), op)(*addresses, *sizes, dtype, stream)
     except RuntimeError as error:
         raise KernelError(str(error)) from error
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The compiled module's number for a dtype."""
+    module = extension()
+    return {torch.float32: module.FLOAT32, torch.float16: module.FLOAT16, torch.bfloat16: module.BFLOAT16}[dtype]
