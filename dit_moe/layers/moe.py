@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import SHARED_EXPERTS
-from ..losses import balance_loss, global_balance_loss
+from ..losses import global_balance_loss
 from .experts import GroupedExperts
 from .mlp import Mlp, SwiGLU
 from .router import TopKRouter
@@ -112,14 +112,13 @@ class MoEFeedForward(nn.Module):
             TypeError, ValueError: wrong dtype, width or shape, or tensors on different devices.
         """
         x_TD = self._tokens("x", x)
-        routing = self.gate(x_TD if router_x is None else self._tokens("router_x", router_x, like=x))
+        router_x_TD = x_TD if router_x is None else self._tokens("router_x", router_x, like=x)
+        routing = self.gate(router_x_TD, self.balance_alpha if self.count_group is None else 0.0)
         counts = _Counts(routing.plan.tokens_per_expert, self.count_group)
         beside = None if self.shared_experts is None else partial(self.shared_experts, x_TD)
         hidden_TD = self.experts(x_TD, routing.topk_weights, routing.plan, beside)
-        tokens_per_expert_E = counts.total()
-        if self.count_group is None:
-            loss = balance_loss(routing.probs, tokens_per_expert_E, self.gate.top_k, self.balance_alpha)
-        else:
+        loss, tokens_per_expert_E = routing.balance_loss, counts.total()
+        if self.count_group is not None:
             ranks = self.count_group.size()
             loss = global_balance_loss(routing.probs, tokens_per_expert_E, self.gate.top_k, self.balance_alpha, ranks)
         return MoEOutput(hidden_TD.view(x.shape), loss, tokens_per_expert_E)

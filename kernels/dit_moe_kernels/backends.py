@@ -21,8 +21,8 @@ ENV_BACKEND = "DIT_MOE_BACKEND"
 
 # The order in which `auto` tries the backends of each op family on a GPU.
 _PREFERENCE = {
-    "router": ("triton", "reference"),
-    "routing": ("triton", "reference"),
+    "router": ("cuda", "triton", "reference"),
+    "routing": ("cuda", "triton", "reference"),
     "counting": ("triton", "reference"),
     "permute": ("cuda", "triton", "reference"),
     "grouped_gemm": ("cuda", "triton", "reference"),
@@ -30,6 +30,7 @@ _PREFERENCE = {
     "norm": ("triton", "reference"),
     "expert_ffn": ("cuda", "triton", "reference"),
 }
+_MAX_EXPERTS = {"router": 64, "routing": 512}  # of the CUDA kernels
 _PRODUCTS = ("grouped_gemm", "expert_ffn")  # families whose CUDA kernels ask for more than the others'
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()  # .backend: what use_backend() set on this thread
@@ -95,6 +96,7 @@ def resolve(
     dtype: torch.dtype,
     *,
     whole_chunks: bool = True,
+    num_experts: int = 0,
 ) -> str:
     """Turn a requested backend into the one that runs.
 
@@ -104,6 +106,7 @@ def resolve(
         device: of the inputs; a type of device does where kernels run on every GPU.
         dtype: of the inputs.
         whole_chunks: of the products' widths, what `whole_chunks` says.
+        num_experts: E, where the CUDA kernels of the family have a bound on it.
 
     Raises:
         ValueError: the name is unknown.
@@ -111,7 +114,8 @@ def resolve(
     """
     if backend == "auto":
         backend = getattr(_local, "backend", None) or "auto"
-    return _settle(backend, family, device, dtype, whole_chunks)
+    many_experts = num_experts > _MAX_EXPERTS.get(family, num_experts)
+    return _settle(backend, family, device, dtype, whole_chunks, many_experts)
 
 
 def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
@@ -120,7 +124,12 @@ def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
 
 
 def _settle(
-    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool
+    backend: str,
+    family: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    whole_chunks: bool,
+    many_experts: bool,
 ) -> str:
     if backend == "auto":
         backend = os.environ.get(ENV_BACKEND, "auto")
@@ -128,8 +137,8 @@ def _settle(
     else:
         _check_name(backend, "backend")
     if backend == "auto":
-        return _choose(family, device, dtype, whole_chunks)
-    reason = _reason_against(backend, family, device, dtype, whole_chunks)
+        return _choose(family, device, dtype, whole_chunks, many_experts)
+    reason = _reason_against(backend, family, device, dtype, whole_chunks, many_experts)
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend!r} cannot run {family}: {reason}")
     return backend
@@ -141,11 +150,11 @@ _settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool) -> str:
+def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, many_experts: bool) -> str:
     """The first backend of the preference list that can run; says once what was chosen and why."""
     rejected: list[str] = []
     for candidate in _PREFERENCE[family]:
-        reason = _reason_against(candidate, family, device, dtype, whole_chunks)
+        reason = _reason_against(candidate, family, device, dtype, whole_chunks, many_experts)
         if reason is None:
             why = "; ".join(rejected) or "first choice"
             on_gpu = torch.device(device).type == "cuda"
@@ -158,7 +167,12 @@ def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_c
 
 @functools.cache
 def _reason_against(
-    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool
+    backend: str,
+    family: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    whole_chunks: bool,
+    many_experts: bool,
 ) -> str | None:
     if backend not in _PREFERENCE[family]:
         return f"it implements only {sorted(f for f, names in _PREFERENCE.items() if backend in names)}"
@@ -169,6 +183,12 @@ def _reason_against(
         from .cuda_impl import grouped_gemm
 
         return grouped_gemm.unsupported(torch.device(device), dtype, whole_chunks)
+    if reason is None and backend == "cuda" and family in _MAX_EXPERTS:
+        if many_experts:
+            return f"got more than {_MAX_EXPERTS[family]} experts"
+        from .cuda_impl import routing
+
+        return routing.unsupported(whole_chunks)
     return reason
 
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .launch import launch
+from .launch import ALIGNMENT, aligned, launch
 
 DTYPES = (torch.float16, torch.bfloat16)
-ALIGNMENT = 16  # bytes: of every matrix, and of every row in it
 
 
 @functools.cache
@@ -90,8 +89,3 @@ def grouped_dswiglu(
     outputs = (dh_N2F, weighted_a_NF, dots_PN)
     launch("grouped_dswiglu", (*inputs, *outputs), (num_rows, depth, width, num_experts), grad_ND)
     return dh_N2F, weighted_a_NF, dots_PN.sum(0)
-
-
-def aligned(matrix: Tensor) -> Tensor:
-    """The matrix where the copy engine can read it: only a view into another tensor may need the copy."""
-    return matrix.clone() if matrix.data_ptr() % ALIGNMENT else matrix

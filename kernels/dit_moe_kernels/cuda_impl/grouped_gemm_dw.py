@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grouped_gemm import ALIGNMENT, aligned
-from .launch import dtype_code, launch
+from .launch import ALIGNMENT, aligned, launch
 
 
 def grouped_gemm_dw(grad_NO: Tensor, x_NI: Tensor, offsets: Tensor) -> Tensor:
@@ -39,5 +38,7 @@ def add_grouped_gemm_dw(dw_EOI: Tensor, grad_NO: Tensor, x_NI: Tensor, offsets: 
 
 def _launch(dw_EOI: Tensor, grad_NO: Tensor, x_NI: Tensor, offsets: Tensor, accumulate: bool) -> None:
     num_experts, height, width = dw_EOI.shape
-    sizes = (x_NI.shape[0], height, width, num_experts, int(accumulate), dtype_code(dw_EOI.dtype))
-    launch("grouped_gemm_dw", (aligned(grad_NO), aligned(x_NI), offsets, dw_EOI), sizes, x_NI)
+    sizes = (x_NI.shape[0], height, width, num_experts, int(accumulate))
+    launch(
+        "grouped_gemm_dw", (aligned(grad_NO), aligned(x_NI), offsets, dw_EOI), sizes, x_NI, (dw_EOI.dtype, x_NI.dtype)
+    )
