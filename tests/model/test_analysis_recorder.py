@@ -131,6 +131,17 @@ def test_calls_outside_the_blocks_are_not_counted() -> None:
         assert recorder.counts().steps.sum() == 0
 
 
+def test_what_happens_in_a_pause_is_not_counted() -> None:
+    model = tiny_model()
+    x, t, ids = torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)
+    with record_experts(model, 2, 1) as recorder, recorder.images(ids) as on_step:
+        with recorder.paused():
+            model(x, t, ids)
+        model(x, t, ids)
+        on_step(1, 1)
+    recorder.counts().check_complete()
+
+
 def test_counts_are_copies() -> None:
     model = tiny_model()
     with record_experts(model, sum(SIZES), STEPS, num_groups=1) as recorder:
