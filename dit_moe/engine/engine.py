@@ -6,6 +6,8 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from dit_moe_kernels import current_backend
@@ -135,7 +137,10 @@ class SamplingEngine:
                     self.model, noise, plan,
                     precompute=self.precompute, window_bytes=self.window_bytes, network=self._network,
                 )  # fmt: skip
-            program.prepare(plan, capture)
+            with ExitStack() as pauses:
+                for observer in self._observers():
+                    pauses.enter_context(observer.paused())  # a capture rehearses the step
+                program.prepare(plan, capture)
         except (NotCapturable, torch.OutOfMemoryError) as error:
             self._failures[key] = str(error).partition("\n")[0]
             if program is not None:
@@ -160,13 +165,18 @@ class SamplingEngine:
         return self._captures[device]
 
     def _forget_if_moved(self) -> None:
-        """Drop the graphs if the model is not made of the same memory and settings as when they were captured."""
+        """Drop the graphs if the model is not made of the same memory, settings and observers as at their capture."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         backends = [getattr(module, "backend", None) for module in self.model.modules()]
-        weights = (*((tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors), *backends)
+        addresses = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
+        weights = (*addresses, *backends, *self._observers())
         if weights != self._weights:
             self.clear()
             self._weights = weights
+
+    def _observers(self) -> list[Any]:
+        observers = [getattr(module, "observer", None) for module in self.model.modules()]
+        return [observer for observer in observers if observer is not None]
 
     def _reason_against(self, noise: Tensor) -> str | None:
         if noise.shape[0] == 0:
@@ -176,8 +186,8 @@ class SamplingEngine:
         for name in _HOOKS:
             if getattr(torch_module, f"_global{name}") or any(getattr(part, name) for part in self.model.modules()):
                 return "the model has hooks, which a replay would not run"
-        if any(getattr(part, "observer", None) is not None for part in self.model.modules()):
-            return "the model's routers are observed, and a capture would be counted"
+        if any(not hasattr(observer, "paused") for observer in self._observers()):
+            return "the model's routers have an observer that cannot be paused, and a capture would be counted"
         if any(getattr(part, "count_group", None) is not None for part in self.model.modules()):
             return "the model is spread over several ranks"
         if not self.capture:
