@@ -9,6 +9,7 @@ from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .info import info
+from .plan import plan
 from .sample import sample
 from .train import train
 from .upcycle import upcycle
@@ -20,5 +21,5 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, info, train, sample, evaluate, analyze, convert, upcycle):
+for command in (demo, info, plan, train, sample, evaluate, analyze, convert, upcycle):
     app.command()(command)
