@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 CSRC = "csrc"
-SOURCES = ("permute.cu", "unpermute.cu", "python_module.cpp")
+SOURCES = ("router.cu", "routing_plan.cu", "topk_softmax.cu", "permute.cu", "unpermute.cu", "python_module.cpp")
 SM90A_SOURCES = ("sm90/grouped_gemm.cu", "sm90/grouped_gemm_dx.cu", "sm90/grouped_swiglu.cu")
 DEFAULT_ARCHS = "80;90"
 MEMORY_PER_JOB = 2 << 30  # bytes; one nvcc process stays below this

@@ -46,6 +46,59 @@ void unpermute_backward(Address dout, Address y, Address weights, Address row_to
                                    stream_handle(stream)));
 }
 
+void router_logits(Address x, Address gate, Address logits, int64_t num_tokens, int64_t depth, int64_t num_experts,
+                   DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
+  check("router_logits", dit_moe_router_logits(pointer(x), pointer(gate), pointer<float>(logits), num_tokens, depth,
+                                               num_experts, dtype, gate_dtype, stream_handle(stream)));
+}
+
+void topk_softmax(Address logits, Address weights, Address ids, Address probs, int64_t num_tokens, int64_t num_experts,
+                  int64_t top_k, Address stream) {
+  check("topk_softmax",
+        dit_moe_topk_softmax(pointer<float>(logits), pointer<float>(weights), pointer<int32_t>(ids),
+                             pointer<float>(probs), num_tokens, num_experts, top_k, stream_handle(stream)));
+}
+
+void topk_softmax_backward(Address dweights, Address dprobs, Address ids, Address probs, Address dlogits,
+                           int64_t num_tokens, int64_t num_experts, int64_t top_k, Address stream) {
+  check("topk_softmax_backward",
+        dit_moe_topk_softmax_backward(pointer<float>(dweights), pointer<float>(dprobs), pointer<int32_t>(ids),
+                                      pointer<float>(probs), pointer<float>(dlogits), num_tokens, num_experts, top_k,
+                                      stream_handle(stream)));
+}
+
+DitMoePlan plan(Address tokens_per_expert, Address expert_offsets, Address row_to_slot, Address slot_to_row,
+                Address tile_expert, Address tile_row, int64_t tile_rows) {
+  return {pointer<int32_t>(tokens_per_expert),
+          pointer<int32_t>(expert_offsets),
+          pointer<int32_t>(row_to_slot),
+          pointer<int32_t>(slot_to_row),
+          pointer<int32_t>(tile_expert),
+          pointer<int32_t>(tile_row),
+          tile_rows};
+}
+
+void routing_plan(Address ids, Address tokens_per_expert, Address expert_offsets, Address row_to_slot,
+                  Address slot_to_row, Address tile_expert, Address tile_row, Address workspace, int64_t id_bytes,
+                  int64_t num_slots, int64_t num_experts, int64_t tile_rows, Address stream) {
+  const DitMoePlan result =
+      plan(tokens_per_expert, expert_offsets, row_to_slot, slot_to_row, tile_expert, tile_row, tile_rows);
+  check("routing_plan", dit_moe_routing_plan(pointer(ids), id_bytes, &result, pointer(workspace), num_slots,
+                                             num_experts, stream_handle(stream)));
+}
+
+void route(Address x, Address gate, Address weights, Address ids, Address probs, Address balance,
+           Address tokens_per_expert, Address expert_offsets, Address row_to_slot, Address slot_to_row,
+           Address tile_expert, Address tile_row, Address workspace, int64_t num_tokens, int64_t depth,
+           int64_t num_experts, int64_t top_k, int64_t tile_rows, double balance_scale, DitMoeDtype dtype,
+           DitMoeDtype gate_dtype, Address stream) {
+  const DitMoePlan result =
+      plan(tokens_per_expert, expert_offsets, row_to_slot, slot_to_row, tile_expert, tile_row, tile_rows);
+  check("route", dit_moe_route(pointer(x), pointer(gate), pointer<float>(weights), pointer<int32_t>(ids),
+                               pointer<float>(probs), pointer<float>(balance), &result, pointer(workspace), num_tokens,
+                               depth, num_experts, top_k, balance_scale, dtype, gate_dtype, stream_handle(stream)));
+}
+
 #if DIT_MOE_SM90A
 void grouped_gemm(Address x, Address w, Address expert_offsets, Address out, int64_t num_rows, int64_t depth,
                   int64_t width, int64_t num_experts, DitMoeDtype dtype, Address stream) {
@@ -82,6 +135,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("FLOAT32") = static_cast<int>(DIT_MOE_FLOAT32);
   module.attr("FLOAT16") = static_cast<int>(DIT_MOE_FLOAT16);
   module.attr("BFLOAT16") = static_cast<int>(DIT_MOE_BFLOAT16);
+  module.attr("ROUTING_WORKSPACE") = static_cast<int>(DIT_MOE_ROUTING_WORKSPACE);
 
   // A launch blocks while the stream's queue is full: let other Python threads run meanwhile.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
@@ -94,6 +148,24 @@ PYBIND11_MODULE(_C, module) {
   module.def("unpermute_backward", &unpermute_backward, Unlocked(), py::arg("dout"), py::arg("y"), py::arg("weights"),
              py::arg("row_to_slot"), py::arg("dy"), py::arg("dweights"), py::arg("num_rows"), py::arg("width"),
              py::arg("top_k"), py::arg("dtype"), py::arg("stream"));
+  module.def("router_logits", &router_logits, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("logits"),
+             py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"),
+             py::arg("stream"));
+  module.def("topk_softmax", &topk_softmax, Unlocked(), py::arg("logits"), py::arg("weights"), py::arg("ids"),
+             py::arg("probs"), py::arg("num_tokens"), py::arg("num_experts"), py::arg("top_k"), py::arg("stream"));
+  module.def("topk_softmax_backward", &topk_softmax_backward, Unlocked(), py::arg("dweights"), py::arg("dprobs"),
+             py::arg("ids"), py::arg("probs"), py::arg("dlogits"), py::arg("num_tokens"), py::arg("num_experts"),
+             py::arg("top_k"), py::arg("stream"));
+  module.def("routing_plan", &routing_plan, Unlocked(), py::arg("ids"), py::arg("tokens_per_expert"),
+             py::arg("expert_offsets"), py::arg("row_to_slot"), py::arg("slot_to_row"), py::arg("tile_expert"),
+             py::arg("tile_row"), py::arg("workspace"), py::arg("id_bytes"), py::arg("num_slots"),
+             py::arg("num_experts"), py::arg("tile_rows"), py::arg("stream"));
+  module.def("route", &route, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("weights"), py::arg("ids"),
+             py::arg("probs"), py::arg("balance"), py::arg("tokens_per_expert"), py::arg("expert_offsets"),
+             py::arg("row_to_slot"), py::arg("slot_to_row"), py::arg("tile_expert"), py::arg("tile_row"),
+             py::arg("workspace"), py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("top_k"),
+             py::arg("tile_rows"), py::arg("balance_scale"), py::arg("dtype"), py::arg("gate_dtype"),
+             py::arg("stream"));
 #if DIT_MOE_SM90A
   module.def("grouped_gemm", &grouped_gemm, Unlocked(), py::arg("x"), py::arg("w"), py::arg("expert_offsets"),
              py::arg("out"), py::arg("num_rows"), py::arg("depth"), py::arg("width"), py::arg("num_experts"),

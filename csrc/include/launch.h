@@ -2,9 +2,9 @@
 //
 // Nothing here knows Python or PyTorch. The caller allocates every buffer on the stream's device, makes that device
 // current, and keeps the buffers alive until the stream has run the work. Matrices are row-major and contiguous. A
-// launcher only enqueues: it does not allocate, synchronise or use atomics, so its work can be captured in a CUDA graph
-// and gives the same bits on every run. It returns cudaErrorInvalidValue for sizes or a dtype out of range and
-// otherwise the launch's own error; nothing is launched when there is no output.
+// launcher only enqueues: it does not allocate, synchronise or use atomics on floats, so its work can be captured in a
+// CUDA graph and gives the same bits on every run. It returns cudaErrorInvalidValue for sizes or a dtype out of range
+// and otherwise the launch's own error; nothing is launched when there is no output.
 //
 // Names: T tokens, K = top_k choices a token, N = T * K rows, D = width. slot = token * K + choice; a row is a slot's
 // place after sorting by expert. N, K and D fit in 31 bits; products of them are computed in 64.
@@ -41,6 +41,55 @@ cudaError_t dit_moe_unpermute(const void* y, const float* weights, const int32_t
 cudaError_t dit_moe_unpermute_backward(const void* dout, const void* y, const float* weights,
                                        const int32_t* row_to_slot, void* dy, float* dweights, int64_t num_rows,
                                        int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
+
+// ---- routing: which experts a token goes to, and where its copies go
+//
+// E is at most 64 for the router and the softmax, 512 for the plan. x and gate are matrices whose rows are whole
+// multiples of 16 bytes, at addresses that are multiples of 16; gate_dtype is fp32 or dtype.
+
+// logits = x gate^T, exact products summed in fp32. An infinite element makes the logit NaN.
+//   x (T, D) dtype, gate (E, D) gate_dtype -> logits (T, E) fp32; depth is D
+cudaError_t dit_moe_router_logits(const void* x, const void* gate, float* logits, int64_t num_tokens, int64_t depth,
+                                  int64_t num_experts, DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream);
+
+// probs = softmax(logits) over the experts, then each token's top_k largest in descending order, ties to the lower id.
+// A NaN or +inf in a row makes its probs and weights NaN; its ids are distinct and valid all the same.
+//   logits (T, E) fp32 -> weights (T, K) fp32, ids (T, K) int32, probs (T, E) fp32
+cudaError_t dit_moe_topk_softmax(const float* logits, float* weights, int32_t* ids, float* probs, int64_t num_tokens,
+                                 int64_t num_experts, int64_t top_k, cudaStream_t stream);
+
+// dlogits = probs * (g - sum over e of probs * g), with g = dprobs plus dweights at their experts; both may be NULL.
+//   dweights (T, K) fp32, dprobs (T, E) fp32, ids (T, K) int32, probs (T, E) fp32 -> dlogits (T, E) fp32
+cudaError_t dit_moe_topk_softmax_backward(const float* dweights, const float* dprobs, const int32_t* ids,
+                                          const float* probs, float* dlogits, int64_t num_tokens, int64_t num_experts,
+                                          int64_t top_k, cudaStream_t stream);
+
+// The result of a stable sort of slots by expert; ids out of range are not routed. tile_expert and tile_row cut each
+// expert's rows into tiles of tile_rows; they have ceil(N / tile_rows) + min(E, N) - (N > 0) entries.
+typedef struct {
+  int32_t* tokens_per_expert;  // (E,)
+  int32_t* expert_offsets;     // (E + 1,)
+  int32_t* row_to_slot;        // (N,), -1 for an unused row
+  int32_t* slot_to_row;        // (N,), -1 for an unrouted slot
+  int32_t* tile_expert;        // -1 for an unused entry
+  int32_t* tile_row;           // the tile's first row, 0 for an unused entry
+  int64_t tile_rows;
+} DitMoePlan;
+
+enum { DIT_MOE_ROUTING_WORKSPACE = 2 * 32768 * 4 };  // bytes
+
+//   ids (N,) int32 or int64 by id_bytes, workspace DIT_MOE_ROUTING_WORKSPACE bytes -> plan
+cudaError_t dit_moe_routing_plan(const void* ids, int64_t id_bytes, const DitMoePlan* plan, void* workspace,
+                                 int64_t num_slots, int64_t num_experts, cudaStream_t stream);
+
+// dit_moe_router_logits, dit_moe_topk_softmax and dit_moe_routing_plan in two launches. balance may be NULL; otherwise
+// it is balance_scale * sum over e of tokens_per_expert[e] * (sum over t of probs[t, e]).
+//   x (T, D) dtype, gate (E, D) gate_dtype, workspace as above
+//   -> weights (T, K) fp32, ids (T, K) int32, probs (T, E) fp32, balance () fp32, plan
+cudaError_t dit_moe_route(const void* x, const void* gate, float* weights, int32_t* ids, float* probs, float* balance,
+                          const DitMoePlan* plan, void* workspace, int64_t num_tokens, int64_t depth,
+                          int64_t num_experts, int64_t top_k, double balance_scale, DitMoeDtype dtype,
+                          DitMoeDtype gate_dtype, cudaStream_t stream);
 
 // ---- grouped products: for Hopper GPUs (sm_90a) only, in fp16 and bf16
 //

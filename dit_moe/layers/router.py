@@ -4,26 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from dit_moe_kernels import RoutingPlan, make_routing_plan, router_logits, topk_softmax
+from dit_moe_kernels import Routing, route
 from torch import Tensor, nn
-
-
-class Routing(NamedTuple):
-    """Which experts each token visits, and how much of each it takes.
-
-    topk_weights: (T, K) fp32, probabilities of the chosen experts, not renormalised; carries the router's gradient.
-    topk_ids: (T, K) int32, the chosen experts.
-    probs: (T, E) fp32, probabilities of all experts.
-    plan: order in which the kernels visit the T * K choices, with tokens_per_expert.
-    """
-
-    topk_weights: Tensor
-    topk_ids: Tensor
-    probs: Tensor
-    plan: RoutingPlan
 
 
 class TopKRouter(nn.Module):
@@ -60,15 +44,12 @@ class TopKRouter(nn.Module):
         """Kaiming uniform with a = sqrt(5), as torch initialises a Linear."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, balance_alpha: float = 0.0) -> Routing:
         """Route (T, D) tokens of any float dtype; the logits are computed in fp32, also under autocast."""
-        logits_TE = router_logits(x_TD, self.weight, backend=self.backend)
-        weights_TK, ids_TK, probs_TE = topk_softmax(logits_TE, self.top_k, backend=self.backend)
+        routing = route(x_TD, self.weight, self.top_k, balance_alpha=balance_alpha, backend=self.backend)
         if self.observer is not None:
-            self.observer(ids_TK)
-        # The ids are our own, so they need no check, which on the CPU would read them back.
-        plan = make_routing_plan(ids_TK, self.num_experts, validate=False, backend=self.backend)
-        return Routing(weights_TK, ids_TK, probs_TE, plan)
+            self.observer(routing.topk_ids)
+        return routing
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.weight.shape[1]}, num_experts={self.num_experts}, top_k={self.top_k}"

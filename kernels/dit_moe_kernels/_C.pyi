@@ -7,6 +7,7 @@ Every launch raises RuntimeError with the op's name and the CUDA error if it fai
 FLOAT32: int
 FLOAT16: int
 BFLOAT16: int
+ROUTING_WORKSPACE: int  # bytes
 
 def permute(
     x: int,
@@ -33,6 +34,70 @@ def unpermute_backward(
     width: int,
     top_k: int,
     dtype: int,
+    stream: int,
+) -> None: ...
+def router_logits(
+    x: int,
+    gate: int,
+    logits: int,
+    num_tokens: int,
+    depth: int,
+    num_experts: int,
+    dtype: int,
+    gate_dtype: int,
+    stream: int,
+) -> None: ...
+def topk_softmax(
+    logits: int, weights: int, ids: int, probs: int, num_tokens: int, num_experts: int, top_k: int, stream: int
+) -> None: ...
+def topk_softmax_backward(
+    dweights: int,
+    dprobs: int,
+    ids: int,
+    probs: int,
+    dlogits: int,
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    stream: int,
+) -> None: ...
+def routing_plan(
+    ids: int,
+    tokens_per_expert: int,
+    expert_offsets: int,
+    row_to_slot: int,
+    slot_to_row: int,
+    tile_expert: int,
+    tile_row: int,
+    workspace: int,
+    id_bytes: int,
+    num_slots: int,
+    num_experts: int,
+    tile_rows: int,
+    stream: int,
+) -> None: ...
+def route(
+    x: int,
+    gate: int,
+    weights: int,
+    ids: int,
+    probs: int,
+    balance: int,
+    tokens_per_expert: int,
+    expert_offsets: int,
+    row_to_slot: int,
+    slot_to_row: int,
+    tile_expert: int,
+    tile_row: int,
+    workspace: int,
+    num_tokens: int,
+    depth: int,
+    num_experts: int,
+    top_k: int,
+    tile_rows: int,
+    balance_scale: float,
+    dtype: int,
+    gate_dtype: int,
     stream: int,
 ) -> None: ...
 

@@ -1,7 +1,7 @@
 """dit_moe_kernels: dropless mixture-of-experts ops for PyTorch, as Triton and CUDA kernels with a plain reference.
 
-Ops, in the order of a layer: router_logits, topk_softmax, make_routing_plan, then either the fused expert_ffn or the
-unfused permute, grouped_gemm, swiglu, grouped_gemm, unpermute. Around attention and experts: norm_modulate,
+Ops, in the order of a layer: route, or router_logits, topk_softmax and make_routing_plan; then the fused expert_ffn,
+or permute, grouped_gemm, swiglu, grouped_gemm, unpermute. Around attention and experts: norm_modulate,
 residual_norm_modulate and qk_norm. All are torch.library ops with autograd.
 count_routing keeps histograms of which experts were chosen where, for analysis.
 """
@@ -15,6 +15,7 @@ from .grouped_gemm import grouped_gemm
 from .norm_modulate import norm_modulate, residual_norm_modulate
 from .permute import permute, unpermute
 from .qk_norm import qk_norm
+from .route import Routing, route
 from .router import router_logits, topk_softmax
 from .routing import RoutingPlan, make_routing_plan
 
@@ -23,6 +24,7 @@ __all__ = [
     "BackendUnavailableError",
     "KernelError",
     "RoutingCounts",
+    "Routing",
     "RoutingPlan",
     "availability",
     "count_routing",
@@ -36,6 +38,7 @@ __all__ = [
     "permute",
     "qk_norm",
     "residual_norm_modulate",
+    "route",
     "router_logits",
     "swiglu",
     "topk_softmax",

@@ -21,8 +21,8 @@ ENV_BACKEND = "DIT_MOE_BACKEND"
 
 # The order in which `auto` tries the backends of each op family on a GPU.
 _PREFERENCE = {
-    "router": ("triton", "reference"),
-    "routing": ("triton", "reference"),
+    "router": ("cuda", "triton", "reference"),
+    "routing": ("cuda", "triton", "reference"),
     "counting": ("triton", "reference"),
     "permute": ("cuda", "triton", "reference"),
     "grouped_gemm": ("cuda", "triton", "reference"),
@@ -30,6 +30,7 @@ _PREFERENCE = {
     "norm": ("triton", "reference"),
     "expert_ffn": ("cuda", "triton", "reference"),
 }
+_MAX_EXPERTS = {"router": 64, "routing": 512}  # of the CUDA kernels
 _PRODUCTS = ("grouped_gemm", "expert_ffn")  # families whose CUDA kernels ask for more than the others'
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()  # .backend: what use_backend() set on this thread
@@ -96,6 +97,7 @@ def resolve(
     *,
     whole_chunks: bool = True,
     training: bool = False,
+    num_experts: int = 0,
 ) -> str:
     """Turn a requested backend into the one that runs.
 
@@ -106,6 +108,7 @@ def resolve(
         dtype: of the inputs.
         whole_chunks: of the products' widths, what `whole_chunks` says.
         training: whether a gradient may be asked for: then the CUDA products need Triton too.
+        num_experts: E, where the CUDA kernels of the family have a bound on it.
 
     Raises:
         ValueError: the name is unknown.
@@ -113,7 +116,8 @@ def resolve(
     """
     if backend == "auto":
         backend = getattr(_local, "backend", None) or "auto"
-    return _settle(backend, family, device, dtype, whole_chunks, training)
+    many_experts = num_experts > _MAX_EXPERTS.get(family, num_experts)
+    return _settle(backend, family, device, dtype, whole_chunks, training, many_experts)
 
 
 def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
@@ -122,7 +126,13 @@ def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
 
 
 def _settle(
-    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool
+    backend: str,
+    family: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    whole_chunks: bool,
+    training: bool,
+    many_experts: bool,
 ) -> str:
     if backend == "auto":
         backend = os.environ.get(ENV_BACKEND, "auto")
@@ -130,8 +140,8 @@ def _settle(
     else:
         _check_name(backend, "backend")
     if backend == "auto":
-        return _choose(family, device, dtype, whole_chunks, training)
-    reason = _reason_against(backend, family, device, dtype, whole_chunks, training)
+        return _choose(family, device, dtype, whole_chunks, training, many_experts)
+    reason = _reason_against(backend, family, device, dtype, whole_chunks, training, many_experts)
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend!r} cannot run {family}: {reason}")
     return backend
@@ -143,11 +153,13 @@ _settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool) -> str:
+def _choose(
+    family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool, many_experts: bool
+) -> str:
     """The first backend of the preference list that can run; says once what was chosen and why."""
     rejected: list[str] = []
     for candidate in _PREFERENCE[family]:
-        reason = _reason_against(candidate, family, device, dtype, whole_chunks, training)
+        reason = _reason_against(candidate, family, device, dtype, whole_chunks, training, many_experts)
         if reason is None:
             why = "; ".join(rejected) or "first choice"
             on_gpu = torch.device(device).type == "cuda"
@@ -160,7 +172,13 @@ def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_c
 
 @functools.cache
 def _reason_against(
-    backend: str, family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, training: bool
+    backend: str,
+    family: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    whole_chunks: bool,
+    training: bool,
+    many_experts: bool,
 ) -> str | None:
     if backend not in _PREFERENCE[family]:
         return f"it implements only {sorted(f for f, names in _PREFERENCE.items() if backend in names)}"
@@ -175,6 +193,12 @@ def _reason_against(
         from .cuda_impl import grouped_gemm
 
         return grouped_gemm.unsupported(torch.device(device), dtype, whole_chunks)
+    if reason is None and backend == "cuda" and family in _MAX_EXPERTS:
+        if many_experts:
+            return f"got more than {_MAX_EXPERTS[family]} experts"
+        from .cuda_impl import routing
+
+        return routing.unsupported(whole_chunks)
     return reason
 
 

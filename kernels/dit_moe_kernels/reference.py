@@ -78,6 +78,20 @@ def routing_plan(topk_ids_TK: Tensor, num_experts: int, tile_rows: int) -> tuple
     return tuple(part.int() for part in plan)
 
 
+def balance(probs_TE: Tensor, tokens_per_expert_E: Tensor, scale: float) -> Tensor:
+    """scale * sum_i count_i * sum_t p_i(t), the balance loss (Switch Transformer, equation 4)."""
+    if scale == 0:
+        return probs_TE.new_zeros(())
+    return scale * (tokens_per_expert_E.to(probs_TE.dtype) * probs_TE.sum(0)).sum()
+
+
+def route(x_TD: Tensor, gate_ED: Tensor, top_k: int, tile_rows: int, balance_scale: float) -> tuple[Tensor, ...]:
+    """router_logits, topk_softmax and routing_plan: weights_TK, ids_TK, probs_TE, the balance loss, the plan's six."""
+    weights_TK, ids_TK, probs_TE = topk_softmax(router_logits(x_TD, gate_ED), top_k)
+    plan = routing_plan(ids_TK, gate_ED.shape[0], tile_rows)
+    return weights_TK, ids_TK, probs_TE, balance(probs_TE, plan[0], balance_scale), *plan
+
+
 def max_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
     """Upper bound on the number of row tiles, whatever the routing: each expert ends at most one partial tile."""
     return -(-num_rows // tile_rows) + min(num_experts, num_rows) - (1 if num_rows else 0)

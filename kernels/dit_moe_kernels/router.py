@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def router_logits(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         x: (T, D) float, tokens.
         gate: (E, D) float, the router's weight; its dtype may differ from x's.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cuda" (at most 64 experts, widths in whole 16 bytes), "triton" or "reference".
 
     Returns:
         (T, E) fp32, or fp64 if x or gate is.
@@ -26,7 +27,7 @@ def router_logits(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
     checks.check_float("gate", gate, 2)
     checks.check_same_device("gate", gate, "x", x)
     checks.check_shape("gate", gate, (gate.shape[0], x.shape[1]))
-    name = backends.resolve(backend, "router", x.device.type, torch.promote_types(x.dtype, gate.dtype))
+    name = resolve(backend, x, gate)
     return _router_logits(x, gate, name)
 
 
@@ -36,7 +37,7 @@ def topk_softmax(logits: Tensor, top_k: int, *, backend: str = "auto") -> tuple[
     Args:
         logits: (T, E) fp32 or fp64.
         top_k: K, at most E.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cuda" (at most 64 experts), "triton" or "reference".
 
     Returns:
         topk_weights (T, K) in logits' dtype in descending order, topk_ids (T, K) int32, probs (T, E). Ties go to the
@@ -46,19 +47,35 @@ def topk_softmax(logits: Tensor, top_k: int, *, backend: str = "auto") -> tuple[
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits: got dtype {logits.dtype}, expected fp32 or fp64")
     checks.check_top_k(top_k, logits.shape[1])
-    name = backends.resolve(backend, "router", logits.device.type, logits.dtype)
+    name = backends.resolve(backend, "router", logits.device.type, logits.dtype, num_experts=logits.shape[1])
     return _topk_softmax(logits, top_k, name)
+
+
+def resolve(backend: str, x: Tensor, gate: Tensor) -> str:
+    """The backend that scores these tokens, see `backends.resolve`."""
+    fits = backends.whole_chunks(x.dtype, x.shape[1]) and backends.whole_chunks(gate.dtype, x.shape[1])
+    dtype = torch.promote_types(x.dtype, gate.dtype)
+    return backends.resolve(backend, "router", x.device.type, dtype, whole_chunks=fits, num_experts=gate.shape[0])
+
+
+def _implementation(backend: str) -> Any:
+    """The module with router_logits, topk_softmax and topk_softmax_backward of "triton" or "cuda"."""
+    if backend == "triton":
+        from .triton_impl import router
+
+        return router
+    from .cuda_impl import routing
+
+    return routing
 
 
 # ---- router_logits
 
 
 def _logits_impl(x: Tensor, gate: Tensor, backend: str) -> Tensor:
-    if backend == "triton":
-        from .triton_impl import router
-
-        return router.router_logits(x.contiguous(), gate.contiguous())
-    return reference.router_logits(x, gate)
+    if backend == "reference":
+        return reference.router_logits(x, gate)
+    return _implementation(backend).router_logits(x.contiguous(), gate.contiguous())
 
 
 def _logits_fake(x: Tensor, gate: Tensor, backend: str) -> Tensor:
@@ -72,10 +89,17 @@ def _logits_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, gate = ctx.saved_tensors
+    return *logits_gradients(grad, x, gate, ctx.needs_input_grad), None
+
+
+def logits_gradients(
+    grad: Tensor, x: Tensor, gate: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the logits x @ gate^T for x and gate, each where it is wanted; products in grad's dtype."""
     with torch.autocast(x.device.type, enabled=False):
-        dx = (grad @ gate.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dgate = (grad.T @ x.to(grad.dtype)).to(gate.dtype) if ctx.needs_input_grad[1] else None
-    return dx, dgate, None
+        dx = (grad @ gate.to(grad.dtype)).to(x.dtype) if wanted[0] else None
+        dgate = (grad.T @ x.to(grad.dtype)).to(gate.dtype) if wanted[1] else None
+    return dx, dgate
 
 
 _router_logits = define_op(
@@ -90,11 +114,9 @@ _router_logits = define_op(
 
 
 def _topk_impl(logits: Tensor, top_k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        from .triton_impl import router
-
-        return router.topk_softmax(logits.contiguous(), top_k)
-    return reference.topk_softmax(logits, top_k)
+    if backend == "reference":
+        return reference.topk_softmax(logits, top_k)
+    return _implementation(backend).topk_softmax(logits.contiguous(), top_k)
 
 
 def _topk_fake(logits: Tensor, top_k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +134,7 @@ def _topk_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _topk_backward(ctx: Any, dweights: Tensor | None, _dids: None, dprobs: Tensor | None) -> tuple[Tensor | None, ...]:
     topk_ids, probs = ctx.saved_tensors
-    return _topk_softmax_backward(dweights, dprobs, topk_ids, probs, ctx.backend), None, None
+    return topk_softmax_gradient(dweights, dprobs, topk_ids, probs, ctx.backend), None, None
 
 
 _topk_softmax = define_op(
@@ -127,11 +149,9 @@ _topk_softmax = define_op(
 def _topk_backward_impl(
     dweights: Tensor | None, dprobs: Tensor | None, topk_ids: Tensor, probs: Tensor, backend: str
 ) -> Tensor:
-    if backend == "triton":
-        from .triton_impl import router
-
-        return router.topk_softmax_backward(dweights, dprobs, topk_ids, probs)
-    return reference.topk_softmax_backward(dweights, dprobs, topk_ids, probs)
+    if backend == "reference":
+        return reference.topk_softmax_backward(dweights, dprobs, topk_ids, probs)
+    return _implementation(backend).topk_softmax_backward(dweights, dprobs, topk_ids, probs)
 
 
 def _topk_backward_fake(
@@ -140,7 +160,7 @@ def _topk_backward_fake(
     return probs.new_empty(probs.shape)
 
 
-_topk_softmax_backward = define_op(
+topk_softmax_gradient = define_op(
     "topk_softmax_backward(Tensor? dweights, Tensor? dprobs, Tensor topk_ids, Tensor probs, str backend) -> Tensor",
     _topk_backward_impl,
     _topk_backward_fake,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def make_routing_plan(
         tile_rows: rows per GEMM tile (16, 32, 64 or 128); None chooses by the mean number of rows per expert.
         validate: check that ids are in [-1, E); this reads the ids back, so None checks on the CPU only. Unchecked ids
             outside [0, E) count as not routed.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cuda" (at most 512 experts), "triton" or "reference".
 
     Returns:
         RoutingPlan for T * K slots.
@@ -88,13 +88,18 @@ def make_routing_plan(
     checks.check_top_k(top_k, num_experts)
     if tile_rows is None:
         tile_rows = configs.choose_tile_rows(topk_ids.numel(), num_experts)
-    if tile_rows not in configs.TILE_ROWS:
-        raise ValueError(f"tile_rows: got {tile_rows}, expected one of {configs.TILE_ROWS}")
+    check_tile_rows(tile_rows)
     if validate or (validate is None and topk_ids.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_ids(topk_ids, num_experts)
-    name = backends.resolve(backend, "routing", topk_ids.device.type, torch.float32)
+    name = backends.resolve(backend, "routing", topk_ids.device.type, torch.float32, num_experts=num_experts)
     counts, offsets, row_to_slot, slot_to_row, *tiles = _routing_plan(topk_ids, num_experts, tile_rows, name)
     return RoutingPlan(counts, offsets, row_to_slot, slot_to_row, tiles[0], tiles[1], tile_rows, top_k)
+
+
+def check_tile_rows(tile_rows: int) -> None:
+    """One of the heights that the products know."""
+    if tile_rows not in configs.TILE_ROWS:
+        raise ValueError(f"tile_rows: got {tile_rows}, expected one of {configs.TILE_ROWS}")
 
 
 def _check_ids(topk_ids: Tensor, num_experts: int) -> None:
@@ -110,10 +115,15 @@ def _routing_plan_impl(topk_ids: Tensor, num_experts: int, tile_rows: int, backe
         from .triton_impl import routing
 
         return routing.routing_plan(topk_ids, num_experts, tile_rows)
+    if backend == "cuda":
+        from .cuda_impl import routing as cuda_routing
+
+        return cuda_routing.routing_plan(topk_ids, num_experts, tile_rows)
     return reference.routing_plan(topk_ids, num_experts, tile_rows)
 
 
-def _routing_plan_fake(topk_ids: Tensor, num_experts: int, tile_rows: int, backend: str) -> tuple[Tensor, ...]:
+def plan_fake(topk_ids: Tensor, num_experts: int, tile_rows: int, *_: Any) -> tuple[Tensor, ...]:
+    """The plan's six tensors without their values."""
     num_slots = topk_ids.shape[0] * topk_ids.shape[1]
     tiles = reference.max_tiles(num_slots, num_experts, tile_rows)
     sizes = (num_experts, num_experts + 1, num_slots, num_slots, tiles, tiles)
@@ -124,5 +134,5 @@ _routing_plan = define_op(
     "routing_plan(Tensor topk_ids, int num_experts, int tile_rows, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _routing_plan_impl,
-    _routing_plan_fake,
+    plan_fake,
 )

@@ -51,6 +51,7 @@ def op_samples(target) -> dict[str, tuple]:
             ids, counter(3) + 1, counter(5, 2, e), counter(1, 2, 4, e), counter(1, 2, 7, e), counter(4, 2, 7, e),
             1, 5, 0, 1, name,
         ),
+        "route": (rand(t, d, grad=True), rand(e, d, grad=True), k, 16, 0.1, name),
         "router_logits": (rand(t, d, grad=True), rand(e, d, grad=True), name),
         "topk_softmax": (router(t, e, grad=True), k, name),
         "topk_softmax_backward": (router(t, k), router(t, e), ids.clamp(min=0), router(t, e).softmax(1), name),
@@ -107,6 +108,12 @@ def test_opcheck(target, name, monkeypatch):
     if target.backend == "reference":  # the dispatch to a backend is below AOT: once is enough
         tests.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.dit_moe, name).default, sample, test_utils=tests)
+
+
+@pytest.mark.parametrize("name", ["route", "router_logits", "routing_plan", "topk_softmax", "topk_softmax_backward"])
+@pytest.mark.parametrize("target", gpu_targets("cuda", dtypes=[FP32]))
+def test_opcheck_of_the_cuda_router(target, name, monkeypatch):
+    test_opcheck(target, name, monkeypatch)
 
 
 @pytest.mark.parametrize("target", targets("triton", dtypes=[FP32], reference_on_gpu=False))

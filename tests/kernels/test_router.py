@@ -20,13 +20,13 @@ from tests.kernels.util import (
 )
 
 SHAPES = [(37, 4, 2), (20, 8, 2), (5, 1, 1), (9, 3, 3), (0, 4, 2), (1, 16, 8), (130, 6, 5)]
-SOFTMAX_TARGETS = targets("triton", dtypes=[FP64, FP32])
-LOGIT_TARGETS = targets("triton")
+SOFTMAX_TARGETS = targets("triton", "cuda", dtypes=[FP64, FP32])
+LOGIT_TARGETS = targets("triton", "cuda")
 
 
 def check_topk_softmax(target, tokens: int, experts: int, top_k: int, scale: float) -> None:
     logits = randn(tokens, experts, target=target, scale=scale)
-    if target.backend == "triton":
+    if target.backend != "reference":
         logits = logits.float()
     dweights, dprobs = torch.randn_like(logits[:, :top_k]), torch.randn_like(logits)
     results = {}
@@ -57,7 +57,7 @@ def test_topk_softmax(target, shape):
     check_topk_softmax(target, *shape, scale=2.0)
 
 
-@pytest.mark.parametrize("target", gpu_targets("triton", dtypes=[FP32]))
+@pytest.mark.parametrize("target", gpu_targets("triton", "cuda", dtypes=[FP32]))
 def test_topk_softmax_of_many_tokens(target):
     check_topk_softmax(target, 4096, 16, 2, scale=1.0)
 
@@ -108,13 +108,24 @@ def test_router_logits(target, shape):
     check_router_logits(target, *shape)
 
 
-@pytest.mark.parametrize("target", gpu_targets("triton", dtypes=[BF16, FP32]))
-def test_router_logits_of_a_model(target):
-    check_router_logits(target, 4096, 8, 1152)
+@pytest.mark.parametrize("target", gpu_targets("triton", "cuda", dtypes=[BF16, FP16, FP32]))
+@pytest.mark.parametrize("shape", [(4096, 8, 1152), (20000, 16, 1408), (3001, 60, 384)], ids=str)
+def test_router_logits_of_a_model(target, shape):
+    check_router_logits(target, *shape)
 
 
-def check_router_logits(target, tokens: int, experts: int, width: int) -> None:
+@pytest.mark.parametrize("target", gpu_targets("triton", "cuda", dtypes=[BF16, FP16]))
+def test_fp32_gate_of_a_16_bit_model(target):
+    """The gate's digits beyond the tokens' dtype count: nothing is rounded on the way."""
+    check_router_logits(target, 4096, 8, 1152, gate_dtype=FP32)
+
+
+def check_router_logits(target, tokens: int, experts: int, width: int, gate_dtype: torch.dtype | None = None) -> None:
+    if target.backend == "cuda" and width % 8:
+        pytest.skip("the CUDA router reads rows of whole 16 bytes")
     x, gate = randn(tokens, width, target=target), randn(experts, width, target=target, scale=width**-0.5)
+    if gate_dtype is not None:
+        gate = (torch.randn(experts, width, device=target.device) * width**-0.5).to(gate_dtype)
     grad = torch.randn(tokens, experts, device=target.device)
 
     def naive(x, gate):
@@ -127,7 +138,7 @@ def check_router_logits(target, tokens: int, experts: int, width: int) -> None:
     assert out.dtype == (FP64 if target.dtype == FP64 else FP32)
 
 
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
+@pytest.mark.parametrize("target", targets("triton", "cuda", dtypes=[FP32]))
 def test_router_logits_ignore_autocast(target):
     x, gate = randn(20, 40, target=target), randn(4, 40, target=target)
     grad = torch.randn(20, 4, device=target.device)
@@ -138,7 +149,7 @@ def test_router_logits_ignore_autocast(target):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP16]))
+@pytest.mark.parametrize("target", targets("triton", "cuda", dtypes=[FP16]))
 def test_mixed_dtypes_and_strides(target):
     """A 16-bit model with an fp32 router, and inputs with gaps."""
     x, gate = randn(20, 40, target=target), torch.randn(4, 40, device=target.device)

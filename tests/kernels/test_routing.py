@@ -7,7 +7,7 @@ from dit_moe_kernels import RoutingPlan, make_routing_plan
 
 from tests.kernels.util import CASES, FP32, MODEL_CASES, Case, gpu_targets, make_ids, naive_rows, targets
 
-PLAN_TARGETS = targets("triton", dtypes=[FP32])
+PLAN_TARGETS = targets("triton", "cuda", dtypes=[FP32])
 
 MORE_CASES = [
     Case("more_experts_than_rows", 2, 64, 3, 0, 0),
@@ -19,6 +19,10 @@ LARGE_CASES = [
     *MODEL_CASES,
     Case("T65536", 65536, 16, 2, 0, 0, "skewed", tile_rows=None),
     Case("E256_K8", 4096, 256, 8, 0, 0, tile_rows=None),
+    Case("E512", 3000, 512, 3, 0, 0, "skewed"),
+    Case("all_to_one", 65536, 16, 2, 0, 0, "last", tile_rows=None),
+    Case("odd_T_E7", 77777, 7, 3, 0, 0, "some"),
+    Case("T300000", 300000, 16, 2, 0, 0, tile_rows=128),
     Case("half_unrouted", 30000, 8, 2, 0, 0, "some", tile_rows=128),
 ]
 
@@ -65,7 +69,7 @@ def test_plan_equals_a_python_sort(target, case):
 
 
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
-@pytest.mark.parametrize("target", gpu_targets("triton", dtypes=[FP32]))
+@pytest.mark.parametrize("target", gpu_targets("triton", "cuda", dtypes=[FP32]))
 def test_large_plan_equals_a_python_sort(target, case):
     ids = make_ids(case, target.device)
     plan = make_routing_plan(ids, case.num_experts, tile_rows=case.tile_rows, backend=target.backend)

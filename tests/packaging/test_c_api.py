@@ -17,7 +17,8 @@ from dit_moe_kernels import cuda_impl
 KERNELS = Path(cuda_impl.__file__).parents[1]
 ROW_OPS = {"permute": 4, "unpermute": 4, "unpermute_backward": 6}  # and how many addresses they take
 PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_swiglu": 5}
-NUM_ADDRESSES = {**ROW_OPS, **PRODUCTS}
+ROUTING_OPS = {"router_logits": 3, "topk_softmax": 4, "topk_softmax_backward": 5, "routing_plan": 8, "route": 13}
+NUM_ADDRESSES = {**ROW_OPS, **PRODUCTS, **ROUTING_OPS}
 BAD_DTYPE = 7
 FLOAT32, BFLOAT16 = 0, 2
 needs_extension = pytest.mark.skipif(cuda_impl.import_error() is not None, reason=str(cuda_impl.import_error()))
@@ -31,12 +32,31 @@ needs_products = pytest.mark.skipif(not has_products(), reason="the extension wa
 
 
 def compiled_ops() -> list[str]:
-    return [op for op in NUM_ADDRESSES if op in ROW_OPS or has_products()]
+    return [op for op in NUM_ADDRESSES if op not in PRODUCTS or has_products()]
 
 
 def arguments(
-    op: str, rows: int = 1, width: int = 8, top_k: int = 1, depth: int = 8, experts: int = 1, dtype: int | None = None
-) -> list[int]:
+    op: str,
+    rows: int = 1,
+    width: int = 8,
+    top_k: int = 1,
+    depth: int = 8,
+    experts: int = 1,
+    dtype: int | None = None,
+    gate_dtype: int = FLOAT32,
+    tile_rows: int = 16,
+    id_bytes: int = 4,
+) -> list[float]:
+    if op in ROUTING_OPS:
+        dtypes = [FLOAT32 if dtype is None else dtype, gate_dtype]
+        rest = {
+            "router_logits": [rows, depth, experts, *dtypes],
+            "topk_softmax": [rows, experts, top_k],
+            "topk_softmax_backward": [rows, experts, top_k],
+            "routing_plan": [id_bytes, rows, experts, tile_rows],
+            "route": [rows, depth, experts, top_k, tile_rows, 0.5, *dtypes],
+        }
+        return [0] * ROUTING_OPS[op] + [*rest[op], 0]
     sizes = [rows, depth, width, experts] if op in PRODUCTS else [rows, width, top_k]
     if dtype is None:
         dtype = BFLOAT16 if op in PRODUCTS else FLOAT32
@@ -91,6 +111,42 @@ def test_addresses_of_products_must_be_aligned(op):
 @needs_products
 @pytest.mark.parametrize("op", PRODUCTS)
 def test_no_product_is_launched_without_rows(op):
+    getattr(cuda_impl.extension(), op)(*arguments(op, rows=0))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "op, wrong",
+    [
+        *((op, {"rows": rows}) for op in ROUTING_OPS for rows in (-1, 2**31)),
+        *((op, {"experts": experts}) for op in ROUTING_OPS for experts in (0, 65 if op != "routing_plan" else 513)),
+        *((op, {"depth": depth}) for op in ("router_logits", "route") for depth in (0, 6, -8, 2**31)),
+        *((op, {"dtype": BFLOAT16, "depth": 12}) for op in ("router_logits", "route")),
+        *((op, {"dtype": dtype}) for op in ("router_logits", "route") for dtype in (-1, BAD_DTYPE)),
+        *((op, {"gate_dtype": dtype}) for op in ("router_logits", "route") for dtype in (-1, BFLOAT16, BAD_DTYPE)),
+        *((op, {"top_k": top_k}) for op in ("topk_softmax", "topk_softmax_backward", "route") for top_k in (0, 2)),
+        *((op, {"tile_rows": 0}) for op in ("routing_plan", "route")),
+        ("routing_plan", {"id_bytes": 2}),
+    ],
+)
+def test_wrong_arguments_of_the_routing_are_refused(op, wrong):
+    with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        getattr(cuda_impl.extension(), op)(*arguments(op, **wrong))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ["router_logits", "route"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_tokens_and_gate_of_the_router_must_be_aligned(op, place):
+    given = arguments(op)
+    given[place] = 8
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        getattr(cuda_impl.extension(), op)(*given)
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ["router_logits", "topk_softmax", "topk_softmax_backward"])
+def test_no_router_is_launched_without_tokens(op):
     getattr(cuda_impl.extension(), op)(*arguments(op, rows=0))
 
 

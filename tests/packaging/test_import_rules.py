@@ -23,7 +23,7 @@ LEVELS = {
         {"triton_impl", "cuda_impl"},
         {"backends"},
         {"routing", "router", "activation", "counting", "norm_modulate", "qk_norm"},
-        {"permute", "grouped_gemm"},
+        {"permute", "grouped_gemm", "route"},
         {"expert_ffn"},
     ),
     "dit_moe": (

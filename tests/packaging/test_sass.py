@@ -1,4 +1,4 @@
-"""The compiled grouped products: every one runs on Hopper's warpgroup instruction, and none spills registers."""
+"""The compiled kernels: every grouped product runs on Hopper's warpgroup instruction, and nothing spills registers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,29 @@ def find_cuobjdump() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def products() -> dict[str, str]:
-    """The machine code of each grouped product, by its mangled name."""
+def kernels() -> dict[str, str]:
+    """The machine code of each kernel, by its architecture and mangled name."""
     if (reason := cuda_impl.import_error()) is not None:
         pytest.skip(reason)
-    if "sm_90a" not in cuda_impl.extension().build_info()["archs"].split():
-        pytest.skip("the extension was not built for sm_90a")
     if (cuobjdump := find_cuobjdump()) is None:
         pytest.skip("no cuobjdump")
     command = [cuobjdump, "-sass", str(cuda_impl.extension().__file__)]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    functions = dict(part.split("\n", 1) for part in listing.split("Function : ")[1:])
-    return {name: code for name, code in functions.items() if "grouped_gemm_kernel" in name}
+    functions = {}
+    for target in re.split(r"^\s*arch = ", listing, flags=re.M)[1:]:
+        arch = target.split("\n", 1)[0]
+        for part in target.split("Function : ")[1:]:
+            name, code = part.split("\n", 1)
+            functions[f"{arch} {name}"] = code
+    return functions
+
+
+@pytest.fixture(scope="module")
+def products(kernels) -> dict[str, str]:
+    """The grouped products among them."""
+    if "sm_90a" not in cuda_impl.extension().build_info()["archs"].split():
+        pytest.skip("the extension was not built for sm_90a")
+    return {name: code for name, code in kernels.items() if "grouped_gemm_kernel" in name}
 
 
 def test_each_product_uses_the_warpgroup_instruction(products):
@@ -44,6 +55,11 @@ def test_each_product_uses_the_warpgroup_instruction(products):
     assert not any(re.search(r"\bHMMA\b", code) for code in products.values())
 
 
-def test_nothing_spills(products):
-    spilling = {name: sorted(set(re.findall(r"\b(?:STL|LDL)\b", code))) for name, code in products.items()}
+def test_the_router_runs_on_the_tensor_cores(kernels):
+    routers = [code for name, code in kernels.items() if "router_kernel" in name]
+    assert routers and all("HMMA.16816.F32.BF16" in code for code in routers)
+
+
+def test_nothing_spills(kernels):
+    spilling = {name: sorted(set(re.findall(r"\b(?:STL|LDL)\b", code))) for name, code in kernels.items()}
     assert not {name: found for name, found in spilling.items() if found}

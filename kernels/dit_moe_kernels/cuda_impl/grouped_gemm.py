@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .launch import launch
+from .launch import ALIGNMENT, aligned, launch
 
 DTYPES = (torch.float16, torch.bfloat16)
-ALIGNMENT = 16  # bytes: of every matrix, and of every row in it
 
 
 @functools.cache
@@ -43,7 +42,7 @@ def grouped_gemm(x_NI: Tensor, w_EOI: Tensor, offsets: Tensor) -> Tensor:
     """x_NI, w_EOI -> (N, O); rows past offsets[-1] are not written."""
     num_experts, width, depth = w_EOI.shape
     out_NO = x_NI.new_empty(x_NI.shape[0], width)
-    tensors = (_aligned(x_NI), _aligned(w_EOI), offsets, out_NO)
+    tensors = (aligned(x_NI), aligned(w_EOI), offsets, out_NO)
     launch("grouped_gemm", tensors, (x_NI.shape[0], depth, width, num_experts), x_NI)
     return out_NO
 
@@ -52,7 +51,7 @@ def grouped_gemm_dx(grad_NO: Tensor, w_EOI: Tensor, offsets: Tensor) -> Tensor:
     """grad_NO, w_EOI -> (N, I); rows past offsets[-1] are not written."""
     num_experts, depth, width = w_EOI.shape
     dx_NI = grad_NO.new_empty(grad_NO.shape[0], width)
-    tensors = (_aligned(grad_NO), _aligned(w_EOI), offsets, dx_NI)
+    tensors = (aligned(grad_NO), aligned(w_EOI), offsets, dx_NI)
     launch("grouped_gemm_dx", tensors, (grad_NO.shape[0], depth, width, num_experts), grad_NO)
     return dx_NI
 
@@ -62,11 +61,6 @@ def grouped_swiglu(x_ND: Tensor, w13_E2FD: Tensor, offsets: Tensor, *, keep_h: b
     num_experts, double_width, depth = w13_E2FD.shape
     out_NF = x_ND.new_empty(x_ND.shape[0], double_width // 2)
     h = x_ND.new_empty(x_ND.shape[0] if keep_h else 0, double_width)
-    tensors = (_aligned(x_ND), _aligned(w13_E2FD), offsets, out_NF, h if keep_h else None)
+    tensors = (aligned(x_ND), aligned(w13_E2FD), offsets, out_NF, h if keep_h else None)
     launch("grouped_swiglu", tensors, (x_ND.shape[0], depth, double_width // 2, num_experts), x_ND)
     return out_NF, h
-
-
-def _aligned(matrix: Tensor) -> Tensor:
-    """The matrix where the copy engine can read it: only a view into another tensor may need the copy."""
-    return matrix.clone() if matrix.data_ptr() % ALIGNMENT else matrix

@@ -1,0 +1,42 @@
+// What the router and the routing plan share: the table of counts between their two launches.
+#pragma once
+
+#include <algorithm>
+
+#include "common.cuh"
+
+namespace dit_moe {
+
+// Slots are cut into ranges of equal length, one block each, which counts its choices of every expert into a row of a
+// table. Every block of the plan reads the whole table, hence the bound on its size.
+constexpr int64_t kTableSize = 32768;  // entries, 128 KB
+static_assert(2 * kTableSize * sizeof(int32_t) == DIT_MOE_ROUTING_WORKSPACE, "counts and sums of probabilities");
+constexpr int64_t kMaxTableRows = 2048;
+constexpr int64_t kMaxPlanExperts = 512;
+
+struct CountTable {
+  const int32_t* counts;   // (rows, E)
+  const float* prob_sums;  // (rows, E): the sum of each range's probabilities, or null
+  int rows;
+  int slots;  // of a range
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many units of `num_units` each range takes, so that the table holds all ranges.
+inline int64_t units_per_range(int64_t num_units, int64_t num_experts) {
+  return std::max<int64_t>(1, ceil_div(num_units, std::min(kMaxTableRows, kTableSize / num_experts)));
+}
+
+inline bool valid_plan(const DitMoePlan& plan, int64_t num_slots, int64_t num_experts) {
+  return fits_in_31_bits(num_slots) && num_experts >= 1 && num_experts <= kMaxPlanExperts && plan.tile_rows >= 1 &&
+         fits_in_31_bits(plan.tile_rows);
+}
+
+// From the counts to the plan, one launch. balance may be null; otherwise it is balance_scale * sum over the experts of
+// count * sum of probabilities. Id is int32_t or int64_t.
+template <typename Id>
+cudaError_t launch_place(const Id* ids, const CountTable& table, const DitMoePlan& plan, float* balance,
+                         float balance_scale, int64_t num_slots, int64_t num_experts, cudaStream_t stream);
+
+}  // namespace dit_moe
