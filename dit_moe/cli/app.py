@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from .analyze import analyze
+from .common import SHOW_TRACEBACKS
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -21,5 +24,15 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def common_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback instead of one line.")] = False,
+) -> None:
+    """Options before the command's name."""
+    SHOW_TRACEBACKS.set(debug)
+
+
 for command in (demo, info, plan, train, sample, evaluate, analyze, convert, upcycle):
     app.command()(command)

@@ -40,6 +40,7 @@ class SamplingEngine:
 
     Args:
         model: on its device, in its dtype.
+        enabled: False runs every call step by step.
         capture: False runs the same step on the same buffers without a graph, also on the CPU, to look for faults.
         precompute: modulations of many steps at once, equal to the step-by-step result up to rounding; False computes
             them in each step, with the same products as the model's own forward.
@@ -55,6 +56,7 @@ class SamplingEngine:
         self,
         model: DiT,
         *,
+        enabled: bool = True,
         capture: bool = True,
         precompute: bool = True,
         compile: bool = False,
@@ -65,7 +67,7 @@ class SamplingEngine:
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         self.model, self.config = model, model.config
-        self.capture, self.precompute = capture, precompute
+        self.enabled, self.capture, self.precompute = enabled, capture, precompute
         self.max_programs, self.window_bytes = max_programs, window_bytes
         self._network: Callable = model.denoise if precompute else model
         if compile:
@@ -83,6 +85,11 @@ class SamplingEngine:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The model's parameters."""
         return self.model.parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
 
     def clear(self) -> None:
         """Forget all graphs and failures; the next call captures anew."""
@@ -112,7 +119,8 @@ class SamplingEngine:
             if isinstance(result, Tensor):
                 return result
             reason = result
-        self._log_once(reason, logging.WARNING if noise.device.type == "cuda" else logging.INFO)
+        unexpected = self.enabled and noise.device.type == "cuda"
+        self._log_once(reason, logging.WARNING if unexpected else logging.INFO)
         self.mode = f"step by step ({reason})"
         return run_stepwise(self.model, noise, class_ids, plan)
 
@@ -179,6 +187,8 @@ class SamplingEngine:
         return [observer for observer in observers if observer is not None]
 
     def _reason_against(self, noise: Tensor) -> str | None:
+        if not self.enabled:
+            return "as asked"
         if noise.shape[0] == 0:
             return "the batch is empty"
         if torch.is_autocast_enabled(noise.device.type):
