@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -126,7 +126,9 @@ class ModelShop:
         name, compiled = provider.removesuffix("-compiled"), provider.endswith("-compiled")
         if name.startswith("dense-"):
             config = dense_config(self.config, name.removeprefix("dense-"))
-            model = Model(fresh_model(config, self._device, self._dtype), flops(config), nullcontext)
+            # Plain operations, which torch.compile can fuse, instead of our ops around attention.
+            plain = partial(use_backend, "reference")
+            model = Model(fresh_model(config, self._device, self._dtype), flops(config), plain)
         elif name == "loop":
             model = Model(with_loop(self.moe), flops(self.config), partial(use_backend, "reference"))
         else:
@@ -182,12 +184,11 @@ class LoopMoE(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(stack[e]) for e in range(w1.shape[0]) for stack in stacks)
 
     def forward(self, x: Tensor) -> MoEOutput:
-        """(..., D) -> the layer's output, with the balance loss of the official training code."""
+        """(..., D) -> the layer's output."""
         x_TD = x.reshape(-1, x.shape[-1])
         experts = [list(self.weights[e : e + 3]) for e in range(0, len(self.weights), 3)]
         probs = F.linear(x_TD.float(), self.gate.float()).softmax(dim=-1)
         out, counts = routed_loop(x_TD, probs, self.top_k, experts)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_TD)
-        loss = self.balance_alpha * len(experts) * (counts / counts.sum() * probs.mean(0)).sum()
-        return MoEOutput(out.view(x.shape), loss, counts.int())
+        return MoEOutput(out.view(x.shape), counts.int(), probs, self.top_k, self.balance_alpha)

@@ -137,7 +137,9 @@ __global__ void __launch_bounds__(kPlanThreads)
       plan.expert_offsets[e] = experts.offset[e];
       if (e < num_experts) plan.tokens_per_expert[e] = experts.total[e];
     }
-    if (balance != nullptr) {
+    if (balance != nullptr && balance_scale == 0.0f) {
+      if (thread == 0) *balance = 0.0f;  // also where a probability is NaN
+    } else if (balance != nullptr) {
       float* sums = reinterpret_cast<float*>(scratch);
       const float sum = column_sum(table.prob_sums, table.rows, num_experts, sums);
       if (thread < num_experts) sums[thread] = sum * static_cast<float>(before + after);

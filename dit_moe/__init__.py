@@ -2,6 +2,7 @@
 
 from .checkpoint import CheckpointError, export_state_dict, load_checkpoint, load_model, save_model
 from .config import DiTConfig
+from .engine import SamplingEngine
 from .layers import MoEFeedForward, MoEOutput
 from .model import DiT, MoEAux
 from .presets import DiT_models, model_config
@@ -15,6 +16,7 @@ __all__ = [
     "MoEAux",
     "MoEFeedForward",
     "MoEOutput",
+    "SamplingEngine",
     "export_state_dict",
     "load_checkpoint",
     "load_model",

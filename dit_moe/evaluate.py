@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.files import written_aside
+from .engine import SamplingEngine, StepHook
+from .guidance import Guidance
 from .images import save_npz, to_uint8
-from .sampling import StepHook, draw_noise, sample_ddim, sample_ddpm, sample_rectified_flow
+from .sampling import draw_noise, sample_ddim, sample_ddpm, sample_rectified_flow
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"rf": sample_rectified_flow, "ddpm": sample_ddpm, "ddim": sample_ddim}
 SETTINGS_FILE = "settings.json"
@@ -37,6 +39,7 @@ class SamplingSettings:
         steps: sampling steps, or a respacing text for "ddpm" and "ddim".
         cfg_scale: guidance; 1 is none.
         guidance_channels: channels guided; None takes the sampler's default (all for "rf", 3 for the others).
+        guidance_interval, cfg_schedule: where and how guidance changes, by the names of `guidance.Guidance`.
         eta: share of fresh noise of "ddim"; 0 for the others.
         clip: limit predicted clean samples to [-1, 1] ("ddpm" and "ddim" in pixel space).
         seed: at least 0.
@@ -56,6 +59,8 @@ class SamplingSettings:
     seed: int = 0
     classes: str = "balanced"
     shard_size: int = 500
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cfg_schedule: str = "constant"
 
     def __post_init__(self) -> None:
         for name, least in (("num_images", 1), ("shard_size", 1), ("seed", 0)):
@@ -69,6 +74,8 @@ class SamplingSettings:
             raise ValueError(f"eta: got {self.eta} with sampler {self.sampler!r}, expected 0 ('ddim' alone takes it)")
         if self.sampler == "rf" and (self.clip or isinstance(self.steps, str)):
             raise ValueError("clip and respacing texts for steps belong to 'ddpm' and 'ddim', got sampler 'rf'")
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # JSON knows lists only
+        Guidance(self.cfg_scale, self.guidance_channels, self.guidance_interval, self.cfg_schedule)  # checks them
 
     def shards(self) -> list[range]:
         """The image indices of each shard."""
@@ -105,7 +112,7 @@ def sample_shards(
     """Sample this rank's shards that are not yet there; run again after a stop to go on.
 
     Args:
-        model: a DiT on its device, in the dtype to sample in.
+        model: a DiT on its device, in the dtype to sample in, or a SamplingEngine around one; one is made for a DiT.
         folder: where shards and settings.json go; made if absent, shared by all ranks.
         settings: what to sample.
         batch_size: images sampled at once.
@@ -122,19 +129,20 @@ def sample_shards(
         raise ValueError(f"rank: got {rank} of world_size {world_size}, expected 0 to world_size - 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim_folder(folder, _record(model, settings, decoder))
+    engine = model if isinstance(model, SamplingEngine) else SamplingEngine(model)
+    _claim_folder(folder, _record(engine.model, settings, decoder))
     todo = [shard for shard in settings.shards()[rank::world_size] if not _shard_path(folder, shard).exists()]
     total, done = sum(map(len, todo)), 0
     for shard in todo:
         parts = []
         for start in range(shard.start, shard.stop, batch_size):
             indices = range(start, min(start + batch_size, shard.stop))
-            pixels = sample_indices(model, indices, settings)
+            pixels = sample_indices(engine, indices, settings)
             parts.append(to_uint8(pixels if decode is None else decode(pixels)))
             done += len(indices)
             if on_progress is not None:
                 on_progress(done, total)
-        class_ids = [class_of(index, settings, model.config.num_classes) for index in shard]
+        class_ids = [class_of(index, settings, engine.config.num_classes) for index in shard]
         with written_aside(_shard_path(folder, shard)) as aside, open(aside, "wb") as file:
             np.savez(file, images=np.concatenate(parts), class_ids=np.array(class_ids, dtype=np.int64))
 
@@ -146,20 +154,47 @@ def sample_indices(
 
     `on_step` is called after each step, as the samplers do.
     """
-    device = next(model.parameters()).device
-    config = model.config
-    class_ids = torch.tensor([class_of(index, settings, config.num_classes) for index in indices], device=device)
+    class_ids = torch.tensor([class_of(index, settings, model.config.num_classes) for index in indices])
     generators = [generator_of(index, settings.seed) for index in indices]
-    shape = (len(indices), config.in_channels, config.input_size, config.input_size)
-    noise = draw_noise(shape, generators, device=device)
-    options: dict[str, Any] = {"on_step": on_step}
+    return sample_batch(model, class_ids, generators, settings, on_step=on_step)
+
+
+def sample_batch(
+    model: Any,
+    class_ids: Tensor,
+    generators: Sequence[torch.Generator],
+    settings: SamplingSettings,
+    *,
+    on_step: StepHook | None = None,
+) -> Tensor:
+    """Images of given classes from given sources of noise.
+
+    Args:
+        model: a DiT, or a SamplingEngine around one.
+        class_ids: (B,) int64, on any device.
+        generators: one for each image.
+        settings: how to sample; numbers and seeds of images are not read.
+        on_step: called after each step, as the samplers do.
+    Returns:
+        (B, C, H, W) float32 (or float64), not decoded.
+    """
+    device, config = next(model.parameters()).device, model.config
+    noise = draw_noise(
+        (len(generators), config.in_channels, config.input_size, config.input_size), generators, device=device
+    )
+    options: dict[str, Any] = {
+        "on_step": on_step,
+        "guidance_interval": settings.guidance_interval,
+        "cfg_schedule": settings.cfg_schedule,
+    }
     if settings.guidance_channels is not None:
         options["guidance_channels"] = settings.guidance_channels
     if settings.sampler != "rf":
         options.update(generator=generators, clip=settings.clip)
     if settings.sampler == "ddim":
         options["eta"] = settings.eta
-    return SAMPLERS[settings.sampler](model, noise, class_ids, settings.steps, settings.cfg_scale, **options)
+    sampler = SAMPLERS[settings.sampler]
+    return sampler(model, noise, class_ids.to(device), settings.steps, settings.cfg_scale, **options)
 
 
 def merge_shards(folder: str | os.PathLike, path: str | os.PathLike) -> int:
@@ -225,6 +260,8 @@ def _claim_folder(folder: Path, record: dict[str, Any]) -> None:
         with written_aside(path) as aside:
             aside.write_text(json.dumps(record, indent=2) + "\n")
     found = json.loads(path.read_text())
+    # A folder of an older release lacks what was added since, and was sampled with its defaults.
+    found["sampling"] = asdict(SamplingSettings(**found["sampling"]))
     changed = [
         f"{part}.{key}: {found[part].get(key)!r} there, {value!r} now"
         for part in ("sampling", "model")

@@ -18,8 +18,9 @@ from .layers import (
     MoEFeedForward,
     MoEOutput,
     PatchEmbed,
+    Residual,
     TimestepEmbedder,
-    modulate,
+    modulated_norm,
     sincos_pos_embed,
 )
 from .layers.init import reset_all_parameters, zero_
@@ -47,9 +48,7 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(config.hidden_size, config.num_heads, config.qk_norm)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
         if config.is_moe:
             self.moe = MoEFeedForward(
                 config.hidden_size,
@@ -65,23 +64,24 @@ class DiTBlock(nn.Module):
         self.is_moe = config.is_moe
         self.adaLN_modulation = Modulation(config.hidden_size, 6)
 
-    def forward(self, x_BND: Tensor, modulation: Sequence[Tensor]) -> tuple[Tensor, MoEOutput | None]:
+    def forward(self, tokens: Tensor | Residual, modulation: Sequence[Tensor]) -> tuple[Residual, MoEOutput | None]:
         """Transform tokens under the six vectors (B, D) of `adaLN_modulation`.
 
         Args:
-            x_BND: (B, N, D) float, tokens.
+            tokens: (B, N, D) float, or what the block before returned.
             modulation: shift, scale and gate of the attention, then those of the feed-forward layer.
 
         Returns:
-            The tokens (B, N, D), and the routed layer's output or None.
+            The tokens, their last branch still to be added, and the routed layer's output or None.
         """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x_BND = x_BND + gate_msa[:, None] * self.attn(modulate(self.norm1(x_BND), shift_msa, scale_msa))
-        ffn_in_BND = modulate(self.norm2(x_BND), shift_mlp, scale_mlp)
+        x_BND, normed_BND = modulated_norm(tokens, shift_msa, scale_msa)
+        tokens = Residual(x_BND, gate_msa, self.attn(normed_BND))
+        x_BND, normed_BND = modulated_norm(tokens, shift_mlp, scale_mlp)
         if not self.is_moe:
-            return x_BND + gate_mlp[:, None] * self.mlp(ffn_in_BND), None
-        routed = self.moe(ffn_in_BND)
-        return x_BND + gate_mlp[:, None] * routed.hidden, routed
+            return Residual(x_BND, gate_mlp, self.mlp(normed_BND)), None
+        routed = self.moe(normed_BND)
+        return Residual(x_BND, gate_mlp, routed.hidden), routed
 
 
 class FinalLayer(nn.Module):
@@ -95,7 +95,6 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
         self.adaLN_modulation = Modulation(hidden_size, 2)
         self.reset_parameters()
@@ -104,10 +103,10 @@ class FinalLayer(nn.Module):
         """Zero, so that a new model predicts zero."""
         zero_(self)
 
-    def forward(self, x_BND: Tensor, modulation: Sequence[Tensor]) -> Tensor:
-        """(B, N, D) under a shift and a scale (B, D) -> (B, N, patch_size^2 * out_channels)."""
-        shift_BD, scale_BD = modulation
-        return self.linear(modulate(self.norm_final(x_BND), shift_BD, scale_BD))
+    def forward(self, tokens: Tensor | Residual, modulation: Sequence[Tensor]) -> Tensor:
+        """Tokens of width D under a shift and a scale (B, D) -> (B, N, patch_size^2 * out_channels)."""
+        _, normed_BND = modulated_norm(tokens, *modulation)
+        return self.linear(normed_BND)
 
 
 class DiT(nn.Module):
@@ -205,13 +204,13 @@ class DiT(nn.Module):
         if modulations_BVD.shape != expected:
             raise ValueError(f"modulations_BVD: got shape {tuple(modulations_BVD.shape)}, expected {expected}")
         vectors = modulations_BVD.unbind(1)
-        x_BND = self.x_embedder(x) + self.pos_embed
+        tokens: Tensor | Residual = self.x_embedder(x) + self.pos_embed
         routed: list[MoEOutput] = []
         for i, block in enumerate(self.blocks):
-            x_BND, moe_output = block(x_BND, vectors[6 * i : 6 * i + 6])
+            tokens, moe_output = block(tokens, vectors[6 * i : 6 * i + 6])
             if moe_output is not None:
                 routed.append(moe_output)
-        out = self._unpatchify(self.final_layer(x_BND, vectors[-2:]))
+        out = self._unpatchify(self.final_layer(tokens, vectors[-2:]))
         return (out, self._aux(routed, x.device)) if return_aux else out
 
     def _check_images(self, x: Tensor) -> None:

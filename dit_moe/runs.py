@@ -1,9 +1,9 @@
-"""The folder of a training run: its state to resume from, the averaged model, class names and the metrics so far.
+"""The folder of a training run: checkpoints to resume from, the averaged model, class names and the metrics so far.
 
-training-state.safetensors  weights, averages, moments; settings, model and data as JSON in its metadata
-model.safetensors           the averaged weights in the native format, for sampling
-classes.json                class names, in the order of their ids
-metrics.jsonl               one report a line
+checkpoints/step-N/   weights, averages, moments, in shards; settings, model and data in its record.json
+model.safetensors     the averaged weights in the native format, for sampling
+classes.json          class names, in the order of their ids
+metrics.jsonl         one report a line
 """
 
 from __future__ import annotations
@@ -17,70 +17,92 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from .checkpoint import CheckpointError, save_model
 from .checkpoint.files import written_aside
-from .data import ImageDataset
 from .training import Trainer, TrainingReport
+from .training.checkpoints import Checkpoints
 
-STATE_FILE, MODEL_FILE, CLASSES_FILE, METRICS_FILE = (
-    "training-state.safetensors",
+CHECKPOINTS, MODEL_FILE, CLASSES_FILE, METRICS_FILE = (
+    "checkpoints",
     "model.safetensors",
     "classes.json",
     "metrics.jsonl",
 )
-_RECORD = "dit_moe_training"
+# Settings that may change when a run goes on: how far, and where its memory is.
+_FREE_SETTINGS = ("steps", "recompute_blocks", "ema_device")
 
 
-def save_run(trainer: Trainer, folder: str | os.PathLike) -> None:
-    """Write the state and the averaged model; each file is replaced at once, so a crash leaves the old or the new.
+class RunFolder:
+    """Saves a trainer's run and resumes it; with several ranks, every method is to be called on all of them.
 
-    Raises:
-        OSError: the folder cannot be written.
+    Args:
+        path: the folder; made when something is written.
+        keep: checkpoints that stay.
+        asynchronous: write checkpoints in a thread; `close` waits for the last.
     """
-    from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"step": trainer.step, **_identity(trainer)}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in trainer.state().items()}
-    with written_aside(folder / STATE_FILE) as aside:
-        save_file(tensors, aside, metadata={"format": "pt", _RECORD: json.dumps(record)})
-    save_model(trainer.averaged_model(), folder / MODEL_FILE)
-    save_class_names(trainer.data.class_names, folder)
+    def __init__(self, path: str | os.PathLike, *, keep: int = 2, asynchronous: bool = False) -> None:
+        self.path = Path(path)
+        self.checkpoints = Checkpoints(self.path / CHECKPOINTS, keep=keep, asynchronous=asynchronous)
 
+    def save(self, trainer: Trainer, *, export: bool = True) -> None:
+        """Write a checkpoint, and with `export` the averaged model beside it; a crash leaves the old ones or the new.
 
-def resume_run(trainer: Trainer, folder: str | os.PathLike) -> None:
-    """Load the state that `save_run` wrote, for the same model, data and settings; only `steps` may differ.
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        record = {"step": trainer.step, **_identity(trainer)}
+        self.checkpoints.save(trainer.state(), trainer.step, record)
+        if export:
+            self.export(trainer)
 
-    Raises:
-        FileNotFoundError: the folder holds no training state.
-        CheckpointError: the state is damaged, or of another model, data or settings.
-    """
-    from safetensors import SafetensorError, safe_open
+    def export(self, trainer: Trainer) -> None:
+        """Write the averaged model and the class names.
 
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"cannot resume: {path} is not there")
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get(_RECORD, "null"))
-            if record is None:
-                raise CheckpointError(f"{path}: not a training state")
-            changed = _changes(record, _identity(trainer))
-            if changed:
-                raise CheckpointError(f"cannot resume {path}: {'; '.join(changed)}")
-            trainer.load_state({name: file.get_tensor(name) for name in file.keys()}, record["step"])
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged training state: {error}") from error
-    _forget_after(Path(folder) / METRICS_FILE, trainer.step)
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        model = trainer.averaged_model()
+        if model is None:  # another rank has it
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_model(model, self.path / MODEL_FILE)
+        save_class_names(trainer.data.class_names, self.path)
 
+    def start(self) -> None:
+        """Forget the metrics of a run that ended before its first checkpoint."""
+        if self.checkpoints.latest() is None:
+            (self.path / METRICS_FILE).unlink(missing_ok=True)
 
-def append_report(report: TrainingReport, folder: str | os.PathLike) -> None:
-    """Add one line to the run's metrics."""
-    with open(Path(folder) / METRICS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(report.to_dict()) + "\n")
+    def resume(self, trainer: Trainer) -> None:
+        """Load the newest checkpoint, for the same model, data and settings but for how far and where memory is.
+
+        Raises:
+            FileNotFoundError: the folder holds no checkpoint.
+            CheckpointError: it is damaged, or of another model, data or settings.
+        """
+        record = self.checkpoints.record()
+        changed = _changes(record, _identity(trainer))
+        if changed:
+            raise CheckpointError(f"cannot resume {self.checkpoints.latest()}: {'; '.join(changed)}")
+        self.checkpoints.load(trainer.state())
+        trainer.restored(record["step"])
+        if trainer.rank == 0:
+            _forget_after(self.path / METRICS_FILE, trainer.step)
+
+    def append(self, report: TrainingReport) -> None:
+        """Add one line to the run's metrics."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(report.to_dict()) + "\n")
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is still being written.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self.checkpoints.wait()
 
 
 def save_class_names(class_names: tuple[str, ...], folder: str | os.PathLike) -> None:
@@ -144,12 +166,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 def _identity(trainer: Trainer) -> dict[str, dict[str, Any]]:
     """What must be the same for a run to go on."""
-    data: ImageDataset = trainer.data
-    return {
-        "model": trainer.model.config.to_dict(),
-        "settings": {key: value for key, value in trainer.settings.to_dict().items() if key != "steps"},
-        "data": {"name": data.name, "images": len(data), "sum": int(data.images.sum(dtype=torch.int64))},
-    }
+    settings = {key: value for key, value in trainer.settings.to_dict().items() if key not in _FREE_SETTINGS}
+    return {"model": trainer.config.to_dict(), "settings": settings, "data": trainer.data.identity()}
 
 
 def _changes(record: dict[str, Any], now: dict[str, dict[str, Any]]) -> list[str]:

@@ -83,7 +83,7 @@ cudaError_t dit_moe_routing_plan(const void* ids, int64_t id_bytes, const DitMoe
                                  int64_t num_slots, int64_t num_experts, cudaStream_t stream);
 
 // dit_moe_router_logits, dit_moe_topk_softmax and dit_moe_routing_plan in two launches. balance may be NULL; otherwise
-// it is balance_scale * sum over e of tokens_per_expert[e] * (sum over t of probs[t, e]).
+// it is balance_scale * sum over e of tokens_per_expert[e] * (sum over t of probs[t, e]), 0 for a scale of 0.
 //   x (T, D) dtype, gate (E, D) gate_dtype, workspace as above
 //   -> weights (T, K) fp32, ids (T, K) int32, probs (T, E) fp32, balance () fp32, plan
 cudaError_t dit_moe_route(const void* x, const void* gate, float* weights, int32_t* ids, float* probs, float* balance,

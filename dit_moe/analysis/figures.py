@@ -141,7 +141,8 @@ def figure_load(analysis: Analysis) -> Figure:
     image = axis.imshow(analysis.load, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
     if layers * experts <= 400:
         for (layer, expert), value in np.ndenumerate(analysis.load):
-            axis.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7)
+            colour = "white" if abs(value - 1) > 0.7 * reach else "black"  # the scale is dark at both ends
+            axis.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     axis.set_xticks(range(experts))
     axis.set_yticks(range(layers) if layers <= 30 else range(0, layers, 5))
     axis.set_xlabel("expert")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -126,8 +126,8 @@ def analyse(counts: ExpertCounts, *, resamples: int = 500, shuffles: int = 200, 
         "class_information": over_images(counts.images, counts.class_ids, rng, resamples=resamples),
         "patch_information": over_groups(patches, mutual_information, rng, resamples=resamples),
         "step_information": over_groups(steps, mutual_information, rng, resamples=resamples),
-        "load_entropy": over_groups(steps, load_entropy, rng, resamples=resamples),
-        "step_entropy": over_groups(steps, row_entropy, rng, resamples=resamples),
+        "load_entropy": _at_most_one(over_groups(steps, load_entropy, rng, resamples=resamples)),
+        "step_entropy": _at_most_one(over_groups(steps, row_entropy, rng, resamples=resamples)),
     }
     return Analysis(
         counts=counts,
@@ -144,6 +144,12 @@ def analyse(counts: ExpertCounts, *, resamples: int = 500, shuffles: int = 200, 
             _steps(estimates["step_entropy"]),
         ),
     )
+
+
+def _at_most_one(estimate: Estimate) -> Estimate:
+    """Correction and interval of a relative entropy may overshoot its bound."""
+    parts = {name: np.minimum(getattr(estimate, name), 1) for name in ("corrected", "low", "high")}
+    return replace(estimate, **parts)
 
 
 def best(estimate: Estimate) -> np.ndarray:

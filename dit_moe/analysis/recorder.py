@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +174,15 @@ class ExpertRecorder:
         self._step = done
         self._cursor[0].fill_(done)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing of what the device does inside the with block; capturing a CUDA graph in it is fine."""
+        self._cursor[2].fill_(0)
+        try:
+            yield
+        finally:
+            self._cursor[2].fill_(self._batch)
+
     def record(self, layer: int, topk_ids: Tensor) -> None:
         """Count one call of one layer; called inside the model's forward, also while a CUDA graph captures it.
 
@@ -245,6 +253,26 @@ class ExpertRecorder:
         self._done, self._broken = counts.num_images, False
 
 
+class LayerObserver:
+    """What a router calls: counts its choices as those of one layer.
+
+    Args:
+        recorder: counts.
+        layer: 0 to num_layers - 1.
+    """
+
+    def __init__(self, recorder: ExpertRecorder, layer: int) -> None:
+        self.recorder, self.layer = recorder, layer
+
+    def __call__(self, topk_ids: Tensor) -> None:
+        """Count topk_ids (T, K)."""
+        self.recorder.record(self.layer, topk_ids)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Count nothing inside the with block, whoever calls: for rehearsals before a capture."""
+        return self.recorder.paused()
+
+
 def _on_host(tensor: Tensor) -> np.ndarray:
     return tensor.to("cpu", copy=True).numpy()
 
@@ -297,7 +325,7 @@ def record_experts(
     recorder = ExpertRecorder(sizes, device, half=half, step_patch=step_patch, backend=backend)
     try:
         for layer, router in enumerate(routers):
-            router.observer = functools.partial(recorder.record, layer)
+            router.observer = LayerObserver(recorder, layer)
         yield recorder
     finally:
         for router in routers:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.gaussian import make_diffusion
+from ..engine import SamplingEngine
 from ..evaluate import SamplingSettings, class_of, sample_indices, weights_digest
 from .counts import ExpertCounts
 from .pruning import ExpertProbe, probe_experts
@@ -70,6 +71,8 @@ def record_sampling(
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     path, config = Path(path), model.config
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    sampled = SamplingEngine(model) if on_gpu else model
     provenance = _provenance(model, settings, batch_size, checkpoint)
     with record_experts(
         model, settings.num_images, number_of_steps(settings), num_groups=num_groups, half=half, step_patch=step_patch,
@@ -84,7 +87,7 @@ def record_sampling(
             indices = range(start, min(start + batch_size, settings.num_images))
             class_ids = torch.tensor([class_of(index, settings, config.num_classes) for index in indices])
             with recorder.images(class_ids) as on_step:
-                images = sample_indices(model, indices, settings, on_step=on_step)
+                images = sample_indices(sampled, indices, settings, on_step=on_step)
             if on_images is not None:
                 on_images(indices, images)
             if start == 0 or time.monotonic() - saved > _SAVE_EVERY:

@@ -16,14 +16,15 @@ def written_aside(path: str | os.PathLike) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield aside
-        _fsync(aside)
+        flush_to_disk(aside)
         os.replace(aside, path)
-        _fsync(path.parent)
+        flush_to_disk(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Have a file's content, or a folder's entries, outlast a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

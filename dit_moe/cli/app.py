@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from .analyze import analyze
+from .common import SHOW_TRACEBACKS
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .info import info
+from .plan import plan
 from .sample import sample
 from .train import train
 from .upcycle import upcycle
@@ -20,5 +24,15 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, info, train, sample, evaluate, analyze, convert, upcycle):
+
+
+@app.callback()
+def common_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback instead of one line.")] = False,
+) -> None:
+    """Options before the command's name."""
+    SHOW_TRACEBACKS.set(debug)
+
+
+for command in (demo, info, plan, train, sample, evaluate, analyze, convert, upcycle):
     app.command()(command)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +35,9 @@ USER_ERRORS = (
     torch.OutOfMemoryError,
 )
 """Errors that come from input, installation or machine: their message is what the user needs."""
+
+SHOW_TRACEBACKS: ContextVar[bool] = ContextVar("SHOW_TRACEBACKS", default=False)
+"""What `dit-moe --debug` sets."""
 
 
 class Backend(str, Enum):
@@ -81,10 +85,12 @@ VaeOption = Annotated[Path | None, typer.Option(help="Folder of an AutoencoderKL
 
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
-    """Print what the user can mend as one line on stderr and leave with status 1, without a traceback."""
+    """Print what the user can mend as one line on stderr and leave with status 1; with --debug let it through."""
     try:
         yield
     except USER_ERRORS as error:
+        if SHOW_TRACEBACKS.get():
+            raise
         message = " ".join(str(error).split()) or type(error).__name__
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
         raise typer.Exit(1) from None

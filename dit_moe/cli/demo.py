@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..checkpoint import save_model
+from ..checkpoint import load_model
 from ..data import DataUnavailableError, ImageDataset
 from ..demo import DemoPlan, Verdict, demo_data, demo_plan, judge, sample_classes
 from ..images import save_grid
 from ..model import DiT
-from ..runs import METRICS_FILE, MODEL_FILE, append_report, save_class_names
+from ..runs import METRICS_FILE, MODEL_FILE, RunFolder
 from ..training import Trainer, TrainingReport
 from .common import (
     Backend,
@@ -58,25 +58,24 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
         (out / METRICS_FILE).unlink(missing_ok=True)
         trainer = Trainer(model, data, plan.training, target)
+        folder = RunFolder(out)
         reports: list[TrainingReport] = []
 
         def on_report(report: TrainingReport) -> None:
             if not reports:
                 print_choices(console, choices)
             reports.append(report)
-            append_report(report, out)
+            folder.append(report)
 
         start = time.perf_counter()
         train_with_progress(trainer, console, report_every=max(1, plan.training.steps // 10), on_report=on_report)
         trained = time.perf_counter() - start
-        averaged = trainer.averaged_model()
-        save_model(averaged, out / MODEL_FILE)
-        save_class_names(data.class_names, out)
+        folder.export(trainer)
         console.print(
             f"loss {reports[0].loss:.4f} -> {reports[-1].loss:.4f} in {plan.training.steps} steps, {trained:.0f} s"
         )
         print_expert_load(console, reports[-1].expert_load)
-        _sample(console, averaged, plan, data, target, out)
+        _sample(console, load_model(out / MODEL_FILE, target), plan, data, target, out)
 
 
 def _sample(console: Console, model: DiT, plan: DemoPlan, data: ImageDataset, device: torch.device, out: Path) -> None:

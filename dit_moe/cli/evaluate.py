@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..checkpoint import load_checkpoint
 from ..evaluate import SamplingSettings, merge_shards, rank_from_environment, sample_shards
 from ..metrics import MetricsUnavailableError, compute_metrics, missing_requirements
 from .common import (
@@ -29,7 +28,20 @@ from .common import (
     local_device,
     print_choices,
     reported_errors,
-    resolve_device,
+)
+from .sampling_options import (
+    BatchSizeOption,
+    CfgOption,
+    CfgSchedule,
+    CompileOption,
+    GraphsOption,
+    IntervalOption,
+    SamplerOption,
+    ScheduleOption,
+    SeedOption,
+    WeightsDtypeOption,
+    load_engine,
+    print_mode,
 )
 
 
@@ -40,18 +52,22 @@ def evaluate(
         Path | None, typer.Option(help="ADM's reference .npz; without it images are sampled and merged only.")
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images; 50,000 for figures that compare.")] = 50_000,
-    sampler: Annotated[Sampler, typer.Option(help="rf for models trained with rectified flow.")] = Sampler.rf,
+    sampler: SamplerOption = Sampler.rf,
     steps: StepsOption = None,
-    cfg: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.5,
+    cfg: CfgOption = 1.5,
+    cfg_interval: IntervalOption = (0.0, 1.0),
+    cfg_schedule: ScheduleOption = CfgSchedule.constant,
     classes: Annotated[str, typer.Option(help="balanced or random.")] = "balanced",
     vae: VaeOption = None,
     inception: Annotated[Path | None, typer.Option(help="Inception weights, instead of torch hub's copy.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of noise and random classes.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 32,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 32,
     shard_size: Annotated[int, typer.Option(min=1, help="Images a file.")] = 500,
-    dtype: Annotated[Precision, typer.Option(help="Dtype of the weights.")] = Precision.fp32,
+    dtype: WeightsDtypeOption = Precision.fp32,
     device: DeviceOption = "auto",
     backend: BackendOption = Backend.auto,
+    graphs: GraphsOption = True,
+    compile: CompileOption = False,
     num_heads: HeadsOption = None,
 ) -> None:
     """Sample many images and compute FID, sFID, IS, precision and recall (docs/evaluation.md).
@@ -67,26 +83,27 @@ def evaluate(
                 raise MetricsUnavailableError("cannot compute metrics, missing: " + "; ".join(missing))
         settings = SamplingSettings(
             num_images=num_images, sampler=sampler.value, steps=default_steps(sampler, steps), cfg_scale=cfg, seed=seed,
+            guidance_interval=cfg_interval, cfg_schedule=cfg_schedule.value,
             classes=classes, shard_size=shard_size, clip=sampler is not Sampler.rf and vae is None,
         )  # fmt: skip
-        place = resolve_device(local_device(device))
-        model = load_checkpoint(ckpt, num_heads, device=place, dtype=dtype.torch_dtype)
-        codec = codec_for(model, vae, place)
+        engine = load_engine(ckpt, num_heads, local_device(device), dtype, graphs, compile)
+        codec = codec_for(engine.model, vae, engine.device)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("sampling", total=None)
             sample_shards(
-                model, out, settings, batch_size=batch_size, rank=rank, world_size=world_size,
+                engine, out, settings, batch_size=batch_size, rank=rank, world_size=world_size,
                 decode=None if codec is None else codec.decode, decoder="none" if vae is None else vae.name,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             )  # fmt: skip
         print_choices(console, choices)
+        print_mode(console, engine)
         if world_size > 1:
             console.print(f"rank {rank} of {world_size}: done", highlight=False)
             return
         merged = out / "samples.npz"
         console.print(f"{merge_shards(out, merged)} images: {merged}", highlight=False, soft_wrap=True)
         if reference is not None:
-            metrics = compute_metrics(merged, reference, inception=inception, device=place)
+            metrics = compute_metrics(merged, reference, inception=inception, device=engine.device)
             console.print(_table(metrics))
 
 

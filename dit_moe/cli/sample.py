@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
 from rich.console import Console
 
-from ..checkpoint import load_checkpoint
-from ..evaluate import SAMPLERS, SamplingSettings, generator_of
+from ..engine import SamplingEngine
+from ..evaluate import SamplingSettings, generator_of, sample_batch
 from ..images import save_grid, save_npz, to_uint8
-from ..model import DiT
 from ..runs import class_names_beside
-from ..sampling import draw_noise
 from ..vae import LatentCodec
 from .common import (
     Backend,
@@ -33,7 +31,20 @@ from .common import (
     default_steps,
     print_choices,
     reported_errors,
-    resolve_device,
+)
+from .sampling_options import (
+    BatchSizeOption,
+    CfgOption,
+    CfgSchedule,
+    CompileOption,
+    GraphsOption,
+    IntervalOption,
+    SamplerOption,
+    ScheduleOption,
+    SeedOption,
+    WeightsDtypeOption,
+    load_engine,
+    print_mode,
 )
 
 _ALL_CLASSES_UP_TO = 20
@@ -48,15 +59,19 @@ def sample(
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Images of each class.")] = 8,
     out: Annotated[Path, typer.Option(help="Picture grid to write, one row a class.")] = Path("samples.png"),
     npz: Annotated[Path | None, typer.Option(help="Also write the images in ADM's .npz format.")] = None,
-    sampler: Annotated[Sampler, typer.Option(help="rf for models trained with rectified flow.")] = Sampler.rf,
+    sampler: SamplerOption = Sampler.rf,
     steps: StepsOption = None,
-    cfg: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 4.0,
+    cfg: CfgOption = 4.0,
+    cfg_interval: IntervalOption = (0.0, 1.0),
+    cfg_schedule: ScheduleOption = CfgSchedule.constant,
     vae: VaeOption = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 64,
-    dtype: Annotated[Precision, typer.Option(help="Dtype of the weights.")] = Precision.fp32,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 64,
+    dtype: WeightsDtypeOption = Precision.fp32,
     device: DeviceOption = "auto",
     backend: BackendOption = Backend.auto,
+    graphs: GraphsOption = True,
+    compile: CompileOption = False,
     num_heads: HeadsOption = None,
 ) -> None:
     """Sample images of given classes from a native or official checkpoint."""
@@ -65,24 +80,25 @@ def sample(
         for target in (out, npz):
             if target is not None and not target.parent.is_dir():
                 raise ValueError(f"{target.parent} is no folder")
-        place = resolve_device(device)
-        model = load_checkpoint(ckpt, num_heads, device=place, dtype=dtype.torch_dtype)
+        engine = load_engine(ckpt, num_heads, device, dtype, graphs, compile)
         names = class_names_beside(ckpt)
-        chosen = _class_ids(classes, names, model.config.num_classes)
+        chosen = _class_ids(classes, names, engine.config.num_classes)
         ids = np.repeat(np.array(chosen, dtype=np.int64), n)
         settings = SamplingSettings(
             num_images=len(ids), sampler=sampler.value, steps=default_steps(sampler, steps), cfg_scale=cfg, seed=seed,
+            guidance_interval=cfg_interval, cfg_schedule=cfg_schedule.value,
             clip=sampler is not Sampler.rf and vae is None,
         )  # fmt: skip
-        codec = codec_for(model, vae, place)
+        codec = codec_for(engine.model, vae, engine.device)
         start = time.perf_counter()
         with console.status(f"sampling {len(ids)} images"):
             parts = [
-                _sample_batch(model, ids[first : first + batch_size], first, settings, codec)
+                _sample_batch(engine, ids[first : first + batch_size], first, settings, codec)
                 for first in range(0, len(ids), batch_size)
             ]
         images = np.concatenate(parts)
         print_choices(console, choices)
+        print_mode(console, engine)
         save_grid(out, images, n, scale=max(1, _SMALLEST_SHOWN // images.shape[1]))
         written = [str(out)]
         if npz is not None:
@@ -112,15 +128,9 @@ def _class_id(text: str, names: tuple[str, ...], num_classes: int) -> int:
 
 
 def _sample_batch(
-    model: DiT, ids: np.ndarray, first: int, settings: SamplingSettings, codec: LatentCodec | None
+    engine: SamplingEngine, ids: np.ndarray, first: int, settings: SamplingSettings, codec: LatentCodec | None
 ) -> np.ndarray:
     """Images number `first` and on: their noise follows from seed and number, not from the batch."""
-    config, device = model.config, next(model.parameters()).device
     generators = [generator_of(first + index, settings.seed) for index in range(len(ids))]
-    noise = draw_noise((len(ids), config.in_channels, config.input_size, config.input_size), generators, device=device)
-    options: dict[str, Any] = {}
-    if settings.sampler != "rf":
-        options = {"generator": generators, "clip": settings.clip}
-    class_ids = torch.from_numpy(ids).to(device)
-    out = SAMPLERS[settings.sampler](model, noise, class_ids, settings.steps, settings.cfg_scale, **options)
+    out = sample_batch(engine, torch.from_numpy(ids), generators, settings)
     return to_uint8(out if codec is None else codec.decode(out))

@@ -13,7 +13,7 @@ from ..config import DiTConfig
 from ..data import ImageDataset, load_dataset
 from ..model import DiT
 from ..presets import model_config
-from ..runs import METRICS_FILE, MODEL_FILE, STATE_FILE, append_report, resume_run, save_run, stop_on_signals
+from ..runs import METRICS_FILE, MODEL_FILE, RunFolder, stop_on_signals
 from ..training import Trainer, TrainingReport, TrainingSettings
 from . import train_options as options
 from .common import (
@@ -72,6 +72,8 @@ def train(
     seed: options.Seed = 0,
     log_every: options.LogEvery = 50,
     save_every: options.SaveEvery = 1000,
+    keep: options.Keep = 2,
+    async_save: options.AsyncSave = False,
     resume: options.Resume = False,
 ) -> None:
     """Train a DiT or DiT-MoE on the pixels of labelled images, with rectified flow or DDPM.
@@ -92,21 +94,26 @@ def train(
             num_experts=num_experts, top_k=top_k, num_shared_experts=num_shared_experts, balance_alpha=balance_alpha,
             class_dropout_prob=class_dropout,
         )  # fmt: skip
-        if (out / STATE_FILE).exists() and not resume:
+        folder = RunFolder(out, keep=keep, asynchronous=async_save)
+        if folder.checkpoints.latest() is not None and not resume:
             raise ValueError(f"{out} holds a run: pass --resume to go on with it, or another --out")
         target = resolve_device(device)
         images = _load(console, data, image_size, grey, shape, preset)
         torch.manual_seed(seed)
         trainer = Trainer(DiT(_config(images, shape, preset, objective)), images, settings, target)
-        if resume:
-            resume_run(trainer, out)
+        if not resume:
+            folder.start()
+        else:
+            folder.resume(trainer)
             console.print(f"resumed at step {trainer.step}", highlight=False, soft_wrap=True)
         out.mkdir(parents=True, exist_ok=True)
         _introduce(console, trainer)
-        _train(console, trainer, out, backend, log_every, save_every)
+        _train(console, trainer, folder, backend, log_every, save_every)
 
 
-def _train(console: Console, trainer: Trainer, out: Path, backend: Backend, log_every: int, save_every: int) -> None:
+def _train(
+    console: Console, trainer: Trainer, folder: RunFolder, backend: Backend, log_every: int, save_every: int
+) -> None:
     last: list[TrainingReport] = []
     steps = trainer.settings.steps
     with chosen_backend(backend) as choices, stop_on_signals() as stop:
@@ -115,24 +122,29 @@ def _train(console: Console, trainer: Trainer, out: Path, backend: Backend, log_
             if not last:
                 print_choices(console, choices)
             last[:] = [report]
-            append_report(report, out)
+            folder.append(report)
 
         while trainer.step < steps and not stop():
             until = min(steps, (trainer.step // save_every + 1) * save_every)
             train_with_progress(
                 trainer, console, report_every=log_every, until=until, on_report=on_report, should_stop=stop
             )
-            save_run(trainer, out)
+            folder.save(trainer)
+        folder.close()
     if stop.signal is not None:
         console.print(
-            f"stopped at step {trainer.step} of {steps}, saved in {out}; --resume goes on",
+            f"stopped at step {trainer.step} of {steps}, saved in {folder.path}; --resume goes on",
             highlight=False,
             soft_wrap=True,
         )
         raise typer.Exit(128 + stop.signal)
     if last and last[0].expert_load:
         print_expert_load(console, last[0].expert_load)
-    console.print(f"averaged model: {out / MODEL_FILE}, metrics: {out / METRICS_FILE}", highlight=False, soft_wrap=True)
+    console.print(
+        f"averaged model: {folder.path / MODEL_FILE}, metrics: {folder.path / METRICS_FILE}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _load(

@@ -95,4 +95,8 @@ EmaEvery = Annotated[int, typer.Option(help="Steps between updates of the averag
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", rich_help_panel=_RUN)]
 LogEvery = Annotated[int, typer.Option(min=1, help="Steps between reports.", rich_help_panel=_RUN)]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between saves.", rich_help_panel=_RUN)]
+Keep = Annotated[int, typer.Option(min=1, help="Checkpoints that stay.", rich_help_panel=_RUN)]
+AsyncSave = Annotated[
+    bool, typer.Option("--async-save", help="Write checkpoints while training goes on.", rich_help_panel=_RUN)
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=_RUN)]

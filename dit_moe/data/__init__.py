@@ -3,14 +3,18 @@
 from .batches import BatchOrder
 from .bundled import BUNDLED, DataUnavailableError, load_bundled
 from .dataset import ImageDataset, to_model_range
+from .feed import Batch, Feed, TrainingData
 from .folders import load_folder
 from .load import load_dataset
 
 __all__ = [
     "BUNDLED",
+    "Batch",
     "BatchOrder",
     "DataUnavailableError",
+    "Feed",
     "ImageDataset",
+    "TrainingData",
     "load_bundled",
     "load_dataset",
     "load_folder",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .feed import Batch, to_device
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ class ImageDataset:
         """The same images on another device."""
         return replace(self, images=self.images.to(device), class_ids=self.class_ids.to(device))
 
+    def identity(self) -> dict[str, Any]:
+        """Name, number and sum of all pixels."""
+        return {"name": self.name, "images": len(self), "sum": int(self.images.sum(dtype=torch.int64))}
+
+    def feed(self, device: torch.device) -> ImageFeed:
+        """Batches for training, from all images on the device."""
+        return ImageFeed(self, device)
+
     def resized(self, image_size: int) -> ImageDataset:
         """The same images at another size, by antialiased bilinear interpolation."""
         if image_size == self.image_size:
@@ -84,6 +95,27 @@ class ImageDataset:
         before, after = missing // 2, missing - missing // 2
         padded = F.pad(self.images.float(), (before, after, before, after), mode="replicate")
         return replace(self, images=padded.to(torch.uint8))
+
+
+class ImageFeed:
+    """Batches of images that lie on the device as bytes.
+
+    Args:
+        data: the images.
+        device: where they go.
+    """
+
+    draws = False
+
+    def __init__(self, data: ImageDataset, device: torch.device) -> None:
+        self._data, self.index_device = data.to(device), device
+
+    def batch(self, indices: Tensor, mirrored: Tensor, noise: Tensor | None = None) -> Batch:
+        """As `Feed.batch`; without mirrored images nothing is mirrored on the device either."""
+        x = to_model_range(self._data.images[indices])
+        if mirrored.any():
+            x = torch.where(to_device(mirrored, self.index_device)[:, None, None, None], x.flip(3), x)
+        return Batch(x, self._data.class_ids[indices])
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from dit_moe_kernels import current_backend
@@ -38,6 +40,7 @@ class SamplingEngine:
 
     Args:
         model: on its device, in its dtype.
+        enabled: False runs every call step by step.
         capture: False runs the same step on the same buffers without a graph, also on the CPU, to look for faults.
         precompute: modulations of many steps at once, equal to the step-by-step result up to rounding; False computes
             them in each step, with the same products as the model's own forward.
@@ -53,6 +56,7 @@ class SamplingEngine:
         self,
         model: DiT,
         *,
+        enabled: bool = True,
         capture: bool = True,
         precompute: bool = True,
         compile: bool = False,
@@ -63,7 +67,7 @@ class SamplingEngine:
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         self.model, self.config = model, model.config
-        self.capture, self.precompute = capture, precompute
+        self.enabled, self.capture, self.precompute = enabled, capture, precompute
         self.max_programs, self.window_bytes = max_programs, window_bytes
         self._network: Callable = model.denoise if precompute else model
         if compile:
@@ -81,6 +85,11 @@ class SamplingEngine:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The model's parameters."""
         return self.model.parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
 
     def clear(self) -> None:
         """Forget all graphs and failures; the next call captures anew."""
@@ -110,7 +119,8 @@ class SamplingEngine:
             if isinstance(result, Tensor):
                 return result
             reason = result
-        self._log_once(reason, logging.WARNING if noise.device.type == "cuda" else logging.INFO)
+        unexpected = self.enabled and noise.device.type == "cuda"
+        self._log_once(reason, logging.WARNING if unexpected else logging.INFO)
         self.mode = f"step by step ({reason})"
         return run_stepwise(self.model, noise, class_ids, plan)
 
@@ -135,7 +145,10 @@ class SamplingEngine:
                     self.model, noise, plan,
                     precompute=self.precompute, window_bytes=self.window_bytes, network=self._network,
                 )  # fmt: skip
-            program.prepare(plan, capture)
+            with ExitStack() as pauses:
+                for observer in self._observers():
+                    pauses.enter_context(observer.paused())  # a capture rehearses the step
+                program.prepare(plan, capture)
         except (NotCapturable, torch.OutOfMemoryError) as error:
             self._failures[key] = str(error).partition("\n")[0]
             if program is not None:
@@ -160,15 +173,22 @@ class SamplingEngine:
         return self._captures[device]
 
     def _forget_if_moved(self) -> None:
-        """Drop the graphs if the model is not made of the same memory and settings as when they were captured."""
+        """Drop the graphs if the model is not made of the same memory, settings and observers as at their capture."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         backends = [getattr(module, "backend", None) for module in self.model.modules()]
-        weights = (*((tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors), *backends)
+        addresses = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
+        weights = (*addresses, *backends, *self._observers())
         if weights != self._weights:
             self.clear()
             self._weights = weights
 
+    def _observers(self) -> list[Any]:
+        observers = [getattr(module, "observer", None) for module in self.model.modules()]
+        return [observer for observer in observers if observer is not None]
+
     def _reason_against(self, noise: Tensor) -> str | None:
+        if not self.enabled:
+            return "as asked"
         if noise.shape[0] == 0:
             return "the batch is empty"
         if torch.is_autocast_enabled(noise.device.type):
@@ -176,8 +196,8 @@ class SamplingEngine:
         for name in _HOOKS:
             if getattr(torch_module, f"_global{name}") or any(getattr(part, name) for part in self.model.modules()):
                 return "the model has hooks, which a replay would not run"
-        if any(getattr(part, "observer", None) is not None for part in self.model.modules()):
-            return "the model's routers are observed, and a capture would be counted"
+        if any(not hasattr(observer, "paused") for observer in self._observers()):
+            return "the model's routers have an observer that cannot be paused, and a capture would be counted"
         if any(getattr(part, "count_group", None) is not None for part in self.model.modules()):
             return "the model is spread over several ranks"
         if not self.capture:

@@ -4,7 +4,7 @@ from .attention import Attention
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_pos_embed, timestep_features
 from .experts import GroupedExperts
 from .mlp import Mlp, SwiGLU
-from .modulation import Modulation, modulate
+from .modulation import Modulation, Residual, modulated_norm
 from .moe import MoEFeedForward, MoEOutput
 from .router import Routing, TopKRouter
 
@@ -17,11 +17,12 @@ __all__ = [
     "Mlp",
     "Modulation",
     "PatchEmbed",
+    "Residual",
     "Routing",
     "SwiGLU",
     "TimestepEmbedder",
     "TopKRouter",
-    "modulate",
+    "modulated_norm",
     "sincos_pos_embed",
     "timestep_features",
 ]

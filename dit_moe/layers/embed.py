@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .init import zero_
@@ -33,7 +34,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D), tokens in raster order."""
-        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+        # The convolution's stride is its kernel's size: as a product with the flat patches its output lies as wanted.
+        size = self.proj.kernel_size[0]
+        grid_BCGpGp = x_BCHW.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+        patches_BNP = grid_BCGpGp.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches_BNP, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from dit_moe_kernels import norm_modulate, residual_norm_modulate
 from torch import Tensor, nn
 
 from .init import zero_
+
+NORM_EPS = 1e-6  # of every LayerNorm in the official models
 
 
 class Modulation(nn.Module):
@@ -38,6 +43,33 @@ class Modulation(nn.Module):
         return self.linear(activated_BD).unflatten(1, (self.num_vectors, -1))
 
 
-def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """Scale and shift each image's tokens: x * (1 + scale) + shift."""
-    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+class Residual(NamedTuple):
+    """Tokens as a residual stream and a gated branch not yet added, which the next norm does in its own pass.
+
+    stream: (B, N, D).
+    gate: (B, D), of each image.
+    branch: (B, N, D), what a sub-layer made of the tokens.
+    """
+
+    stream: Tensor
+    gate: Tensor
+    branch: Tensor
+
+    def total(self) -> Tensor:
+        """The tokens (B, N, D): stream + gate * branch."""
+        return self.stream + self.gate[:, None] * self.branch
+
+
+def modulated_norm(tokens: Tensor | Residual, shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual stream with all branches added, and its LayerNorm under each image's shift and scale.
+
+    Args:
+        tokens: (B, N, D) float, or a stream with its last branch.
+        shift_BD, scale_BD: (B, D) float.
+
+    Returns:
+        Two (B, N, D). Under autocast the second is in autocast's dtype, as products take it; a stream in fp32 stays so.
+    """
+    if isinstance(tokens, Residual):
+        return residual_norm_modulate(*tokens, shift_BD, scale_BD, NORM_EPS)
+    return tokens, norm_modulate(tokens, shift_BD, scale_BD, NORM_EPS)

@@ -20,14 +20,31 @@ class MoEOutput(NamedTuple):
     """What `MoEFeedForward` returns.
 
     hidden: (..., D), the layer's output.
-    balance_loss: () fp32 (fp64 for fp64 inputs), over the tokens of this call; the caller adds it to the training loss.
-        With a `count_group`, this rank's share of the loss over the tokens of all its ranks: their mean is that loss.
     tokens_per_expert: (E,) int32, how many of the T * K choices fell on each expert; over all ranks of a `count_group`.
+    probs: (T, E) fp32 (fp64 for fp64 inputs), the router's probabilities of all experts.
+    top_k, balance_alpha, ranks: what `balance_loss` needs beside them; ranks is None without a `count_group`.
+    local_loss: the balance loss where the router has computed it on the way, else None.
     """
 
     hidden: Tensor
-    balance_loss: Tensor
     tokens_per_expert: Tensor
+    probs: Tensor
+    top_k: int
+    balance_alpha: float
+    ranks: int | None = None
+    local_loss: Tensor | None = None
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """The balance loss () in probs' dtype over the tokens of this call, to be added to the training loss.
+
+        With a `count_group`, this rank's share of the loss over the tokens of all its ranks: their mean is that loss.
+        Where no gradient is recorded it is computed when asked for, so that sampling does not pay for it.
+        """
+        if self.local_loss is not None:
+            return self.local_loss
+        routing = self.probs, self.tokens_per_expert, self.top_k, self.balance_alpha
+        return balance_loss(*routing) if self.ranks is None else global_balance_loss(*routing, self.ranks)
 
 
 class MoEFeedForward(nn.Module):
@@ -113,15 +130,22 @@ class MoEFeedForward(nn.Module):
         """
         x_TD = self._tokens("x", x)
         router_x_TD = x_TD if router_x is None else self._tokens("router_x", router_x, like=x)
-        routing = self.gate(router_x_TD, self.balance_alpha if self.count_group is None else 0.0)
+        with_loss = self.count_group is None and torch.is_grad_enabled()
+        routing = self.gate(router_x_TD, self.balance_alpha if with_loss else 0.0)
         counts = _Counts(routing.plan.tokens_per_expert, self.count_group)
         beside = None if self.shared_experts is None else partial(self.shared_experts, x_TD)
         hidden_TD = self.experts(x_TD, routing.topk_weights, routing.plan, beside)
-        loss, tokens_per_expert_E = routing.balance_loss, counts.total()
-        if self.count_group is not None:
-            ranks = self.count_group.size()
-            loss = global_balance_loss(routing.probs, tokens_per_expert_E, self.gate.top_k, self.balance_alpha, ranks)
-        return MoEOutput(hidden_TD.view(x.shape), loss, tokens_per_expert_E)
+        tokens_per_expert_E = counts.total()
+        ranks = None if self.count_group is None else self.count_group.size()
+        return MoEOutput(
+            hidden_TD.view(x.shape),
+            tokens_per_expert_E,
+            routing.probs,
+            self.gate.top_k,
+            self.balance_alpha,
+            ranks,
+            routing.balance_loss if with_loss else None,
+        )
 
     def _tokens(self, name: str, x: Tensor, like: Tensor | None = None) -> Tensor:
         """Check an input and flatten it to (T, D)."""

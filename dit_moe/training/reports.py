@@ -109,9 +109,10 @@ class RunningTotals:
         """
         if self.distributed:
             # A loss may break on one rank alone; gradients, loads and norms are the same on all.
-            means = self._sums / dist.get_world_size()
-            dist.all_reduce(means)
-            self._sums.copy_(means)
+            dist.all_reduce(self._sums.div_(dist.get_world_size()))
+            broken = torch.cat([self._broken_step[None], self._broken.long()])
+            dist.all_reduce(broken, dist.ReduceOp.MAX)
+            self._broken_step, self._broken = broken[0], broken[1:].bool()
         steps = max(1, self.steps)
         loss, balance, norm = (total / steps for total in self._sums.tolist())
         broken_step = int(self._broken_step)

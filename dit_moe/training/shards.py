@@ -1,46 +1,52 @@
-"""Parameters that are whole on each rank, and DTensors of which a rank holds a part: the same code for both."""
+"""Tensors that are whole on each rank, and DTensors of which a rank holds a part: the same code for both."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from ..data.feed import to_device
+from ..parallel import local_tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds: a DTensor's shard, or the tensor itself; shares the memory, without gradients."""
-    part = tensor.detach()
-    return part.to_local() if isinstance(part, DTensor) else part
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; for a DTensor all ranks must call it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return local_tensor(tensor.detach())
 
 
 @torch.no_grad()
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The squared norm of each tensor as a whole, one (len(tensors),) fp32 tensor, without waiting for the device.
+    """The squared norm of each tensor as a whole, (len(tensors),) fp32, without waiting for the device.
 
-    For DTensors all ranks must call it together: one reduction for all tensors that are sharded in the same way.
+    Where there are DTensors, all ranks must call it together: one sum over all of them, to which each part of a tensor
+    counts as often as there are ranks that hold it.
     """
     norms = torch.stack(torch._foreach_norm([local_part(tensor) for tensor in tensors], 2, dtype=torch.float32))
+    shards = [_shards(tensor) for tensor in tensors]
     squares = norms.square()
-    groups: dict[tuple, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        if isinstance(tensor, DTensor):
-            groups.setdefault((tensor.device_mesh, tensor.placements), []).append(index)
-    for (mesh, placements), indices in groups.items():
-        sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
-        chosen = squares if len(indices) == len(tensors) else torch.stack([squares[i] for i in indices])
-        for dim in sharded:
-            dist.all_reduce(chosen, group=mesh.get_group(dim))
-        if chosen is not squares:
-            parts = list(squares.unbind())
-            for index, value in zip(indices, chosen.unbind(), strict=True):
-                parts[index] = value
-            squares = torch.stack(parts)
+    if max(shards) > 1:
+        factors = torch.tensor([count / dist.get_world_size() for count in shards])
+        squares = squares * to_device(factors, squares.device)
+        dist.all_reduce(squares)
     return squares
+
+
+def reshard(model: nn.Module) -> None:
+    """Free parameters that FSDP has gathered and may use again: to be called before their parts are changed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _shards(tensor: Tensor) -> int:
+    """Into how many parts the ranks have cut a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_shard())

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from ..data import BatchOrder, ImageDataset, to_model_range
-from ..model import DiT, MoEAux
+from ..data import BatchOrder, TrainingData
+from ..model import DiT
+from ..parallel import ParallelConfig, full_state_dict, parallelize, unwrap
 from .averages import AveragedWeights
 from .objectives import OBJECTIVES
 from .optimizer import AdamW
 from .recompute import recompute
 from .reports import RunningTotals, TrainingReport
 from .settings import TrainingSettings
-from .shards import squared_norms, whole
+from .shards import local_part, reshard, squared_norms
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class _Draws(NamedTuple):
-    """What chance decides in a step, for each image of the whole batch."""
+    """What chance decides in a step, for each image of the whole batch; `mirrored` is on the CPU."""
 
     times: Tensor
     noise: Tensor
     dropped: Tensor
     mirrored: Tensor
+    posterior: Tensor | None
 
 
 class Trainer:
@@ -36,51 +41,74 @@ class Trainer:
 
     Order, times, noise, dropped classes and flips of a step follow from the seed, the step's number and an image's
     place in the batch, so a run that was saved and resumed gives the same weights as one that was not, on the same
-    device and software. A step never waits for the device; `report` does.
+    device and software, and ranks see together what one process would. A step never waits for the device (but where
+    experts are spread over ranks, or averages lie in the host's memory); `report` does.
 
     Args:
-        model: moved to the device, with dtype "bf16-weights" cast to bf16, and trained in place; must take the data's
-            channels and size. A step drops classes itself, with the model's class_dropout_prob.
-        data: images and class ids, moved to the device as 8-bit pixels.
+        model: moved to the device and trained in place; must take the data's channels and size. A model on the meta
+            device gets fresh weights. A step drops classes itself, with the model's class_dropout_prob.
+        data: images or latents with class ids.
         settings: how to train.
-        device: where to train.
+        device: where to train; this rank's own.
+        parallel: how the model is spread over ranks; None is one process.
 
     Raises:
-        ValueError: data that do not fit the model, or a batch that is larger than the data or that the micro-batches
-            do not divide.
+        ValueError: data that do not fit the model, or a batch that is larger than the data or that ranks times
+            micro-batches do not divide, or a model that cannot be spread so.
     """
 
     def __init__(
-        self, model: DiT, data: ImageDataset, settings: TrainingSettings, device: torch.device | str = "cpu"
+        self,
+        model: DiT,
+        data: TrainingData,
+        settings: TrainingSettings,
+        device: torch.device | str = "cpu",
+        parallel: ParallelConfig | None = None,
     ) -> None:
-        _check_fit(model, data, settings)
-        self.device = torch.device(device)
-        self.settings, self.data = settings, data.to(self.device)
-        recompute(model.blocks, settings.recompute_blocks)
-        weights = torch.bfloat16 if settings.dtype == "bf16-weights" else torch.float32
-        # Master weights start from the fp32 weights, not from what bf16 leaves of them.
-        exact = {name: param.detach().to(self.device) for name, param in model.named_parameters()}
-        self.model = model.to(self.device, weights)
+        self.device, self.settings, self.config = torch.device(device), settings, model.config
+        self.data, self.parallel = data, parallel or ParallelConfig()
+        self.num_ranks = dist.get_world_size() if self.parallel.data_parallel != "none" else 1
+        self.rank = dist.get_rank() if self.num_ranks > 1 else 0
+        self._check_fit()
+        self.feed = data.feed(self.device)
+        self.order = BatchOrder(len(data), settings.batch_size, settings.seed, self.feed.index_device)
         self.objective = OBJECTIVES[settings.objective]()
         self.step = 0
-        self.order = BatchOrder(len(data), settings.batch_size, settings.seed, self.device)
+        self._place(model)
+        self.averages = AveragedWeights(
+            self.optimizer.weights, _DTYPES[settings.ema_dtype], settings.ema_device, settings.ema_every
+        )
+        self._generator = torch.Generator(self.device)
+        self._cpu_generator = torch.Generator()
+        config = self.config
+        shape = (config.depth, config.num_experts) if config.is_moe else (0, 0)
+        self._totals = RunningTotals(list(self.parameters), *shape, self.device, distributed=self.num_ranks > 1)
+
+    def _place(self, model: DiT) -> None:
+        """Spread the model, and make the optimiser of what lies here."""
+        settings, sharded = self.settings, self.parallel.data_parallel == "fsdp"
+        recompute(model.blocks, settings.recompute_blocks)
+        # FSDP keeps fp32 parts and gathers in bf16: its parts are the master weights.
+        narrow = settings.dtype == "bf16-weights" and not sharded
+        self._autocast = settings.dtype == "bf16" or (settings.dtype == "bf16-weights" and sharded)
+        self._input_dtype = torch.bfloat16 if narrow else torch.float32
+        masters = None
+        if narrow and self.num_ranks == 1 and not any(param.is_meta for param in model.parameters()):
+            # Master weights start from the fp32 weights, not from what bf16 leaves of them.
+            masters = {name: param.detach().to(self.device) for name, param in model.named_parameters()}
+        if narrow:
+            model = model.to(torch.bfloat16)
+        gathered = torch.bfloat16 if self._autocast else torch.float32
+        self._replica = parallelize(model, self.parallel, self.device, dtype=gathered)
+        self.model = unwrap(self._replica)
         self.parameters = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
         self.optimizer = AdamW(
             self.parameters,
             (settings.beta1, settings.beta2),
             settings.weight_decay,
             _DTYPES[settings.moments],
-            masters=exact,
+            masters=masters,
         )
-        del exact
-        self.averages = AveragedWeights(
-            self.optimizer.weights, _DTYPES[settings.ema_dtype], settings.ema_device, settings.ema_every
-        )
-        self._generator = torch.Generator(self.device)
-        self._cpu_generator = torch.Generator()
-        config = model.config
-        shape = (config.depth, config.num_experts) if config.is_moe else (0, 0)
-        self._totals = RunningTotals(list(self.parameters), *shape, self.device)
 
     def run(
         self,
@@ -125,11 +153,9 @@ class Trainer:
         self._totals.begin_step()
         self.model.train()
         self.model.y_embedder.eval()  # the draws below drop classes, whatever rank an image is on
-        seed = _seed_of(settings.seed, self.step)
-        self._generator.manual_seed(seed)
-        self._cpu_generator.manual_seed(seed)
         indices, draws = self.order.indices(self.step), self._draw()
-        parts = [self._backward(part, indices, draws) for part in self._parts()]
+        places = self._parts()
+        parts = [self._backward(place, indices, draws, place is places[-1]) for place in places]
         losses, balances, loads = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
         norm, squares = self._update()
         scale = 1 / settings.micro_batches
@@ -145,17 +171,39 @@ class Trainer:
         rate = self.settings.learning_rate_at(max(0, self.step - 1))
         return self._totals.read(self.step, rate, self.settings.batch_size)
 
-    def averaged_model(self) -> DiT:
-        """The model with the averaged weights in fp32, for sampling; it shares their memory where they are fp32."""
-        with torch.device("meta"):
-            model = DiT(self.model.config)
+    def averaged_model(self) -> DiT | None:
+        """The model with the averaged weights in fp32: the trainer's own memory where they are fp32 and on one rank.
+
+        With several ranks a collective call, which gives the first rank a model on the CPU and the others None.
+        """
         averages = self.averages.tensors
-        device = next(iter(averages.values())).device
-        state = {name: whole(tensor.detach()).to(device) for name, tensor in self.model.state_dict().items()
-                 if name not in averages}  # fmt: skip
-        state |= {name: whole(tensor) for name, tensor in averages.items()}
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        state = {name: averages.get(name, tensor) for name, tensor in self.model.state_dict().items()}
+        if self.num_ranks > 1:
+            state = full_state_dict(state)
+            if self.rank:
+                return None
+        device = next(iter(averages.values())).device if self.num_ranks == 1 else torch.device("cpu")
+        with torch.device("meta"):
+            model = DiT(self.config)
+        model.load_state_dict({name: tensor.detach().to(device).float() for name, tensor in state.items()}, assign=True)
         return model.eval().requires_grad_(False)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[DiT]:
+        """The model in place, with the averaged weights inside the block; with several ranks, all enter it together."""
+        kept = {name: local_part(weight).to("cpu", copy=True) for name, weight in self.optimizer.weights.items()}
+        with torch.no_grad():
+            for name, param in self.parameters.items():
+                local_part(param).copy_(local_part(self.averages.tensors[name]))
+        reshard(self.model)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                yield self.model
+        finally:
+            reshard(self.model)
+            with torch.no_grad():
+                for name, param in self.parameters.items():
+                    local_part(param).copy_(kept[name])
 
     def state(self) -> dict[str, Tensor]:
         """All that a run must keep, as live tensors: "model.NAME" in fp32, "ema.NAME" and "optimizer.NAME.MOMENT"."""
@@ -189,41 +237,45 @@ class Trainer:
         self._totals.reset()
 
     def _parts(self) -> list[slice]:
-        """The places in the batch of each micro-batch."""
-        size = self.settings.batch_size // self.settings.micro_batches
-        return [slice(start, start + size) for start in range(0, self.settings.batch_size, size)]
+        """This rank's places in the batch, micro-batch by micro-batch."""
+        whole = self.settings.batch_size // self.settings.micro_batches
+        size = whole // self.num_ranks
+        starts = range(self.rank * size, self.settings.batch_size, whole)
+        return [slice(start, start + size) for start in starts]
 
     def _draw(self) -> _Draws:
         """Draw for the whole batch, whatever part of it runs here, so that no image's fate depends on the ranks."""
-        batch, generator, config = self.settings.batch_size, self._generator, self.model.config
+        seed = _seed_of(self.settings.seed, self.step)
+        self._generator.manual_seed(seed)
+        self._cpu_generator.manual_seed(seed)
+        batch, generator, config = self.settings.batch_size, self._generator, self.config
         shape = (batch, config.in_channels, config.input_size, config.input_size)
-        dropped, mirrored = torch.rand(2, batch, generator=generator, device=self.device)
         return _Draws(
             self.objective.draw_times(batch, generator),
             torch.randn(shape, generator=generator, device=self.device),
-            dropped < config.class_dropout_prob,
-            mirrored < (0.5 if self.settings.flip else 0.0),
+            torch.rand(batch, generator=generator, device=self.device) < config.class_dropout_prob,
+            torch.rand(batch, generator=self._cpu_generator) < (0.5 if self.settings.flip else 0.0),
+            torch.randn(shape, generator=generator, device=self.device) if self.feed.draws else None,
         )
 
-    def _backward(self, part: slice, indices: Tensor, draws: _Draws) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(self, part: slice, indices: Tensor, draws: _Draws, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Forward and backward of a micro-batch: its mean loss, balance loss and the experts' load."""
-        x, class_ids = self._images(indices[part], draws.mirrored[part])
-        class_ids = class_ids.masked_fill(draws.dropped[part], self.model.config.num_classes)
+        posterior = None if draws.posterior is None else draws.posterior[part]
+        x, class_ids = self.feed.batch(indices[part], draws.mirrored[part], posterior)
+        class_ids = class_ids.masked_fill(draws.dropped[part], self.config.num_classes)
         times, noise = draws.times[part], draws.noise[part]
         x_t, model_times = self.objective.noised(x, times, noise)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bf16")
-        with autocast:
-            output, aux = self.model(x_t.to(self._input_dtype), model_times, class_ids, return_aux=True)
-        loss = self.objective.losses(output, x, x_t, times, noise).mean()
-        balance, loads = self._balance(aux)
-        ((loss + balance) / self.settings.micro_batches).backward()
+        narrow = self._input_dtype == torch.bfloat16
+        # DDP averages gradients once a step; sums of bf16 gradients are taken after each micro-batch's average instead.
+        lonely = isinstance(self._replica, DistributedDataParallel) and not last and not narrow
+        with self._replica.no_sync() if lonely else nullcontext():  # type: ignore[operator]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                output, aux = self._replica(x_t.to(self._input_dtype), model_times, class_ids, return_aux=True)
+            loss = self.objective.losses(output, x, x_t, times, noise).mean()
+            ((loss + aux.balance_loss) / self.settings.micro_batches).backward()
         if self.settings.micro_batches > 1:
             self.optimizer.sum_gradients()
-        return loss.detach(), balance.detach(), loads
-
-    def _balance(self, aux: MoEAux) -> tuple[Tensor, Tensor]:
-        """The balance loss and the experts' load of a micro-batch."""
-        return aux.balance_loss, aux.tokens_per_expert
+        return loss.detach(), aux.balance_loss.detach(), aux.tokens_per_expert
 
     def _update(self) -> tuple[Tensor, Tensor]:
         """Clip, update weights and averages: the gradient's norm, and the squared norm of each parameter's."""
@@ -243,30 +295,22 @@ class Trainer:
         self.averages.update(done, decays, self._cpu_generator if on_cpu else self._generator)
         return norm, squares
 
-    def _images(self, indices: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
-        images = to_model_range(self.data.images[indices])
-        if self.settings.flip:
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        return images, self.data.class_ids[indices]
-
-    @property
-    def _input_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.settings.dtype == "bf16-weights" else torch.float32
+    def _check_fit(self) -> None:
+        config, data, settings = self.config, self.data, self.settings
+        if (config.in_channels, config.input_size) != (data.channels, data.image_size):
+            raise ValueError(
+                f"{data.name}: got {data.channels} x {data.image_size} x {data.image_size} pixels, expected "
+                f"{config.in_channels} x {config.input_size} x {config.input_size} as the model takes"
+            )
+        if data.num_classes > config.num_classes:
+            raise ValueError(f"{data.name}: got {data.num_classes} classes, expected at most {config.num_classes}")
+        if settings.batch_size % (settings.micro_batches * self.num_ranks):
+            raise ValueError(
+                f"batch_size: got {settings.batch_size}, expected a multiple of {settings.micro_batches} micro-batches "
+                f"times {self.num_ranks} ranks"
+            )
 
 
 def _seed_of(seed: int, step: int) -> int:
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     return int(state) >> 1  # one bit less, since torch takes signed seeds
-
-
-def _check_fit(model: DiT, data: ImageDataset, settings: TrainingSettings) -> None:
-    config = model.config
-    if (config.in_channels, config.input_size) != (data.channels, data.image_size):
-        raise ValueError(
-            f"{data.name}: got {data.channels} x {data.image_size} x {data.image_size} pixels, expected "
-            f"{config.in_channels} x {config.input_size} x {config.input_size} as the model takes"
-        )
-    if data.num_classes > config.num_classes:
-        raise ValueError(f"{data.name}: got {data.num_classes} classes, expected at most {config.num_classes}")
-    if settings.batch_size % settings.micro_batches:
-        raise ValueError(f"batch_size: got {settings.batch_size}, expected a multiple of {settings.micro_batches}")

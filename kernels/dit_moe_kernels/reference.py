@@ -80,6 +80,8 @@ def routing_plan(topk_ids_TK: Tensor, num_experts: int, tile_rows: int) -> tuple
 
 def balance(probs_TE: Tensor, tokens_per_expert_E: Tensor, scale: float) -> Tensor:
     """scale * sum_i count_i * sum_t p_i(t), the balance loss (Switch Transformer, equation 4)."""
+    if scale == 0:
+        return probs_TE.new_zeros(())
     return scale * (tokens_per_expert_E.to(probs_TE.dtype) * probs_TE.sum(0)).sum()
 
 

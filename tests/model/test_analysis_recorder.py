@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dit_moe import DiT, MoEFeedForward, sample_ddim, sample_ddpm, sample_rectified_flow
 from dit_moe.analysis import ExpertCounts, ExpertRecorder, IncompleteCountsError, RecordSizes, record_experts
+from dit_moe.engine import SamplingEngine
 from dit_moe.layers import TopKRouter
 from tests.model.util import tiny_model
 
@@ -129,6 +130,17 @@ def test_calls_outside_the_blocks_are_not_counted() -> None:
         model(torch.randn(4, 4, 8, 8), torch.rand(4), torch.arange(4))
         assert recorder.counts().images.shape == (0, 2, 4)
         assert recorder.counts().steps.sum() == 0
+
+
+def test_what_happens_in_a_pause_is_not_counted() -> None:
+    model = tiny_model()
+    x, t, ids = torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)
+    with record_experts(model, 2, 1) as recorder, recorder.images(ids) as on_step:
+        with recorder.paused():
+            model(x, t, ids)
+        model(x, t, ids)
+        on_step(1, 1)
+    recorder.counts().check_complete()
 
 
 def test_counts_are_copies() -> None:
@@ -313,6 +325,35 @@ def test_one_captured_graph_of_the_model_counts_every_step() -> None:
     replayed.check_complete()
     for name in ("images", "steps", "patches", "step_patches"):
         assert np.array_equal(getattr(eager, name), getattr(replayed, name)), name
+
+
+@pytest.mark.parametrize(
+    ("device", "capture"),
+    [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.gpu)],
+    ids=["buffers", "graphs"],
+)
+def test_the_engine_is_recorded(device: str, capture: bool) -> None:
+    """Graphs captured before, during and after recording; unguided steps among guided ones; batches of two sizes."""
+    with use_backend("auto" if device == "cuda" else "reference"):
+        model = tiny_model().to(device)
+        engine = SamplingEngine(model, capture=capture, precompute=False)
+        batches = [(torch.randn(n, 4, 8, 8, device=device), torch.arange(n, device=device)) for n in (2, 2, 3)]
+        options: dict[str, Any] = dict(guidance_interval=(0.3, 0.8))
+        plain = sample_rectified_flow(engine, *batches[0], 4, 2.0, **options)
+        assert engine.mode == ("CUDA graphs" if capture else "static buffers")
+        found = []
+        for sampled in (model, engine):
+            with record_experts(model, 7, 4, num_groups=2, step_patch=True) as recorder:
+                for noise, ids in batches:
+                    with recorder.images(ids) as on_step:
+                        sample_rectified_flow(sampled, noise, ids, 4, 2.0, on_step=on_step, **options)
+            recorder.counts().check_complete()
+            found.append(recorder.counts())
+        assert engine.mode == ("CUDA graphs" if capture else "static buffers")
+        for name in ("images", "steps", "patches", "step_patches"):
+            assert np.array_equal(getattr(found[0], name), getattr(found[1], name)), name
+        assert torch.equal(sample_rectified_flow(engine, *batches[0], 4, 2.0, **options), plain)
+        assert recorder.counts().steps.sum() == found[1].steps.sum()
 
 
 @pytest.mark.gpu

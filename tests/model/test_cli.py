@@ -22,6 +22,7 @@ from dit_moe import DiT, DiTConfig, load_model, save_model
 from dit_moe.cli import app
 from dit_moe.data import load_dataset
 from dit_moe.demo import demo_plan, judge, sample_classes
+from tests.model.util import tiny_model
 
 TINY = [
     "--hidden-size",
@@ -170,6 +171,38 @@ def test_sample_grid_and_npz(trained: Path, tmp_path: Path) -> None:
         "--batch-size", 2, "--device", "cpu", "--backend", "reference")  # fmt: skip
     with np.load(npz) as file:
         assert np.abs(file["arr_0"].astype(int) - first).max() <= 1  # the batch does not matter but for rounding
+
+
+def test_sample_says_how_it_ran_and_guides_where_asked(tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    save_model(tiny_model(in_channels=3, num_classes=2), model)
+
+    def images(*options: object) -> tuple[str, np.ndarray]:
+        npz = tmp_path / "out.npz"
+        text = run(
+            "sample", "--ckpt", model, "-n", 2, "--steps", 4, "--out", tmp_path / "x.png",
+            "--npz", npz, "--device", "cpu", "--backend", "reference", *options
+        )  # fmt: skip
+        with np.load(npz) as file:
+            return text, file["arr_0"].astype(int)
+
+    text, plain = images("--cfg", 1)
+    assert "sampling: step by step (CUDA graphs need a GPU, the model is on cpu)" in text
+    text, unguided = images("--cfg", 9, "--cfg-interval", 0.05, 0.1, "--no-graphs")  # between two steps of four
+    assert "sampling: step by step (as asked)" in text
+    assert np.array_equal(plain, unguided)
+    guided = images("--cfg", 9)[1]
+    assert not np.array_equal(guided, plain)
+    assert not np.array_equal(images("--cfg", 9, "--cfg-schedule", "linear")[1], guided)
+    assert "guidance_interval: got (0.5, 0.2)" in fail(
+        "sample", "--ckpt", model, "--cfg-interval", 0.5, 0.2, "--out", tmp_path / "x.png"
+    )
+
+
+def test_debug_lets_errors_through(tmp_path: Path) -> None:
+    arguments = ["sample", "--ckpt", tmp_path / "absent", "--device", "cpu", "--out", tmp_path / "x.png"]
+    assert isinstance(invoke("--debug", *arguments).exception, FileNotFoundError)
+    assert "absent" in fail(*arguments)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_moe import DiT, DiT_models, model_config
 from dit_moe.flops import count_activated_parameters, count_parameters, flops, macs, macs_by_part, parameters_by_part
-from dit_moe.layers import GroupedExperts, SwiGLU, TopKRouter
+from dit_moe.layers import GroupedExperts, PatchEmbed, SwiGLU, TopKRouter
 from tests.model.util import tiny_inputs, tiny_model
 
 # name: parameters of the official model, activated ones in millions, GMACs without and with attention products (256 px)
@@ -75,8 +75,8 @@ def linear_macs(model: DiT) -> int:
 
     def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
         rows = inputs[0].numel() // inputs[0].shape[-1]
-        if isinstance(module, nn.Conv2d):
-            counted.append(output[:, 0].numel() * module.weight.numel())
+        if isinstance(module, PatchEmbed):
+            counted.append(output[..., 0].numel() * module.proj.weight.numel())
         elif isinstance(module, GroupedExperts):
             chosen = inputs[1].numel()  # topk_weights: one row of work per choice
             counted.append(chosen * (module.w13[0].numel() + module.w2[0].numel()))
@@ -84,7 +84,7 @@ def linear_macs(model: DiT) -> int:
             counted.append(rows * sum(p.numel() for name, p in module.named_parameters() if name != "bias"))
 
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, GroupedExperts, SwiGLU, TopKRouter)):
+        if isinstance(module, (nn.Linear, PatchEmbed, GroupedExperts, SwiGLU, TopKRouter)):
             module.register_forward_hook(hook)
     with torch.no_grad():
         model(*tiny_inputs(batch=1))

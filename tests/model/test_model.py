@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from dit_moe_kernels import availability, use_backend
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -168,7 +169,8 @@ def test_new_model_predicts_zero_through_identity_blocks(num_experts: int) -> No
     model = DiT(DiTConfig.from_dict({**TINY.to_dict(), "num_experts": num_experts})).eval()
     assert not model(*tiny_inputs()).any()
     tokens, c = torch.randn(2, 16, 32), torch.randn(2, 32)
-    assert torch.equal(model.blocks[0](tokens, model.blocks[0].adaLN_modulation(c).unbind(1))[0], tokens)
+    residual, _ = model.blocks[0](tokens, model.blocks[0].adaLN_modulation(c).unbind(1))
+    assert torch.equal(residual.total(), tokens)
     assert not model.blocks[0].attn.qkv.bias.any() and model.blocks[0].attn.qkv.weight.any()
     assert not model.pos_embed.requires_grad
 
@@ -274,6 +276,28 @@ def test_compiles_into_one_graph(num_experts: int, compiler: str) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@both_kinds
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_agree_with_the_reference(num_experts: int, device: str) -> None:
+    """The whole model, forward and backward, on the Triton kernels and on plain PyTorch, in fp32."""
+    if (reason := availability("triton", device)) is not None:
+        pytest.skip(reason)
+    model = tiny_model(num_experts=num_experts, qk_norm=True).to(device)
+    x, t, y = (tensor.to(device) for tensor in tiny_inputs())
+    results = []
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            leaf = x.clone().requires_grad_()
+            out, aux = model(leaf, t, y, return_aux=True)
+            loss = out.square().mean() + aux.balance_loss
+            results.append([out, *torch.autograd.grad(loss, [leaf, *trainable(model)])])
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).norm() <= 1e-5 * expected.norm() + 1e-7  # the gradient of k's bias is but roundings
+
+
 def trainable(model: DiT) -> list[Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -291,8 +315,6 @@ def test_wrong_inputs() -> None:
 
 @pytest.mark.gpu
 def test_no_host_sync_on_a_gpu() -> None:
-    from dit_moe_kernels import use_backend
-
     with torch.device("cuda"):
         model, inputs = tiny_model(qk_norm=True).train(), tiny_inputs()
     with use_backend("triton"):

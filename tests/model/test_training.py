@@ -21,11 +21,8 @@ from dit_moe.checkpoint import CheckpointError
 from dit_moe.runs import (
     METRICS_FILE,
     MODEL_FILE,
-    STATE_FILE,
-    append_report,
+    RunFolder,
     class_names_beside,
-    resume_run,
-    save_run,
     stop_on_signals,
 )
 from dit_moe.training import Trainer, TrainingDivergedError, TrainingReport, TrainingSettings
@@ -112,19 +109,19 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     whole, broken = trainer(), trainer()
     whole.run()
     broken.run(until=5, report_every=2)
-    save_run(broken, tmp_path)
+    RunFolder(tmp_path).save(broken)
     torch.manual_seed(99)
     again = Trainer(DiT(CONFIG), bars(), SETTINGS)
-    resume_run(again, tmp_path)
+    RunFolder(tmp_path).resume(again)
     assert again.step == 5
     again.run()
     assert_equal(weights(whole), weights(again))
 
 
 def test_resume_before_the_first_step(tmp_path: Path) -> None:
-    save_run(trainer(), tmp_path)
+    RunFolder(tmp_path).save(trainer())
     again = trainer()
-    resume_run(again, tmp_path)
+    RunFolder(tmp_path).resume(again)
     again.run()
     whole = trainer()
     whole.run()
@@ -133,29 +130,29 @@ def test_resume_before_the_first_step(tmp_path: Path) -> None:
 
 def test_resume_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="cannot resume"):
-        resume_run(trainer(), tmp_path)
+        RunFolder(tmp_path).resume(trainer())
     run = trainer()
     run.run(until=2)
-    save_run(run, tmp_path)
+    RunFolder(tmp_path).save(run)
     with pytest.raises(CheckpointError, match="settings.learning_rate was 0.003, is 0.1"):
-        resume_run(trainer(replace(SETTINGS, learning_rate=0.1)), tmp_path)
+        RunFolder(tmp_path).resume(trainer(replace(SETTINGS, learning_rate=0.1)))
     with pytest.raises(CheckpointError, match="model.num_experts was 4, is 8"):
-        resume_run(trainer(config=replace(CONFIG, num_experts=8)), tmp_path)
+        RunFolder(tmp_path).resume(trainer(config=replace(CONFIG, num_experts=8)))
     with pytest.raises(CheckpointError, match="data.images was 32, is 16"):
-        resume_run(Trainer(DiT(CONFIG), bars(16), SETTINGS), tmp_path)
+        RunFolder(tmp_path).resume(Trainer(DiT(CONFIG), bars(16), SETTINGS))
     longer = trainer(replace(SETTINGS, steps=20))
-    resume_run(longer, tmp_path)
+    RunFolder(tmp_path).resume(longer)
     assert longer.step == 2
-    whole = (tmp_path / STATE_FILE).read_bytes()
-    (tmp_path / STATE_FILE).write_bytes(whole[: len(whole) // 2])
+    (shard,) = (tmp_path / "checkpoints/step-00000002").glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="damaged"):
-        resume_run(trainer(), tmp_path)
+        RunFolder(tmp_path).resume(trainer())
 
 
 def test_saved_model_is_the_average(tmp_path: Path) -> None:
     run = trainer()
     run.run(until=4)
-    save_run(run, tmp_path)
+    RunFolder(tmp_path).save(run)
     loaded = load_model(tmp_path / MODEL_FILE)
     assert loaded.config == CONFIG
     for name, tensor in loaded.state_dict().items():
@@ -164,31 +161,14 @@ def test_saved_model_is_the_average(tmp_path: Path) -> None:
     assert class_names_beside(tmp_path / "deeper" / "x") == ()
 
 
-def test_crash_while_saving_keeps_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer()
-    run.run(until=2)
-    save_run(run, tmp_path)
-    before = (tmp_path / STATE_FILE).read_bytes()
-    run.run(until=4)
-
-    def fail(*args: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        save_run(run, tmp_path)
-    assert (tmp_path / STATE_FILE).read_bytes() == before
-    assert not list(tmp_path.glob(".*.tmp"))
-
-
 def test_metrics_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
     run = trainer()
-    run.run(until=4, report_every=2, on_report=lambda report: append_report(report, tmp_path))
-    save_run(run, tmp_path)
-    run.run(until=8, report_every=2, on_report=lambda report: append_report(report, tmp_path))
+    run.run(until=4, report_every=2, on_report=RunFolder(tmp_path).append)
+    RunFolder(tmp_path).save(run)
+    run.run(until=8, report_every=2, on_report=RunFolder(tmp_path).append)
     with open(tmp_path / METRICS_FILE, "a") as file:
         file.write('{"step": 9, "lo')  # cut short by a crash
-    resume_run(trainer(), tmp_path)
+    RunFolder(tmp_path).resume(trainer())
     steps = [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert steps == [2, 4]
 

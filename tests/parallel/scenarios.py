@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from dit_moe.parallel import (
     ParallelConfig,
     clip_grad_norm_,
     full_state_dict,
+    local_tensor,
     optimizer_groups,
     parallelize,
     unwrap,
@@ -234,6 +236,27 @@ def loaded(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
             state = unwrap(parallelize(fresh_model(seed=1), config, "cpu")).state_dict()
             dcp.load({"model": state}, checkpoint_id=folder.parent / _checkpoint_name(written))
             found[f"{written.data_parallel}, {written.expert_parallel} -> {config}"] = full_state_dict(state)
+    return found
+
+
+def counted(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
+    """Bytes of this rank's parameters, and of the rows that one step gives to all-to-alls."""
+    found = {}
+    for config in (DDP, FSDP, DDP_EP2, FSDP_EP2):
+        model = parallelize(fresh_model(), config, "cpu")
+        parts = [local_tensor(parameter) for parameter in model.parameters()]
+        rows: list[int] = []
+        exchange = dist.all_to_all_single
+
+        def count(received: Tensor, sent: Tensor, *args: Any, exchange=exchange, rows=rows, **options: Any) -> Any:
+            if sent.is_floating_point():
+                rows.append(sent.nbytes)
+            return exchange(received, sent, *args, **options)
+
+        with patch.object(dist, "all_to_all_single", count):
+            loss, balance, _ = losses_of(model, uneven_share(rank, num_ranks, (4,) * num_ranks)[0])
+            (loss + balance).backward()
+        found[f"{config.data_parallel}, {config.expert_parallel}"] = (sum(part.nbytes for part in parts), sum(rows))
     return found
 
 

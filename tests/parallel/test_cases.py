@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_moe import DiT
 from dit_moe.layers import sincos_pos_embed
-from dit_moe.parallel import ParallelConfig, clip_grad_norm_, full_state_dict, parallelize
+from dit_moe.parallel import ParallelConfig, clip_grad_norm_, full_state_dict, parallelize, plan
 
 from . import scenarios
 from .ranks import run_on_ranks
@@ -28,6 +28,7 @@ CASES = [
     scenarios.norms,
     scenarios.saved,
     scenarios.loaded,
+    scenarios.counted,
 ]
 
 
@@ -160,6 +161,16 @@ def test_checkpoints_are_read_whatever_way_they_were_written(two, folder):
         state = dict(scenarios.fresh_model(seed=1).state_dict())
         dcp.load({"model": state}, checkpoint_id=folder.parent / name)
         torch.testing.assert_close(state, expected, rtol=0, atol=0)
+
+
+def test_plan_counts_what_runs(two):
+    """Both ranks' mean, since uneven cuts and an uneven load give one more than the other."""
+    for config in (scenarios.DDP, scenarios.FSDP, scenarios.DDP_EP2, scenarios.FSDP_EP2):
+        seen = [rank[f"{config.data_parallel}, {config.expert_parallel}"] for rank in two["counted"]]
+        weights, rows = (sum(numbers) / 2 for numbers in zip(*seen, strict=True))
+        assert plan.memory(scenarios.CONFIG, config, 2, 4).weights == pytest.approx(weights, rel=1e-3)
+        # The plan counts bf16 rows that leave the rank; here they are fp32, and one half stays.
+        assert plan.traffic(scenarios.CONFIG, config, 2, 4).rows * 4 == rows
 
 
 @pytest.mark.parametrize(
