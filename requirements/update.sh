@@ -8,6 +8,6 @@ without_torch=$(mktemp)
 trap 'rm -f "$torch_needs" "$without_torch"' EXIT
 printf '%s\n' filelock fsspec jinja2 networkx sympy typing-extensions >"$torch_needs"
 printf '%s\n' "torch; python_version < '3'" "triton; python_version < '3'" >"$without_torch"
-uv pip compile pyproject.toml "$torch_needs" --extra demo --extra emoji --extra bench --extra dev \
+uv pip compile pyproject.toml "$torch_needs" --extra demo --extra emoji --extra analysis --extra bench --extra dev \
   --override "$without_torch" --universal --python-version 3.10 --no-annotate --upgrade \
   --custom-compile-command requirements/update.sh --output-file requirements/dev.txt

@@ -177,8 +177,8 @@ def _selection(by_class: Estimate, by_patch: Estimate, by_step: Estimate) -> Fin
     return Finding(
         "Selection depends on position and time step, hardly on class",
         (
-            Check("position tells more of the expert than class", patch.low > label.high, _versus(patch, label)),
-            Check("step tells more of the expert than class", step.low > label.high, _versus(step, label)),
+            Check("position tells more of the expert than class", patch.low > label.high, _versus(by_patch, by_class)),
+            Check("step tells more of the expert than class", step.low > label.high, _versus(by_step, by_class)),
             Check(
                 f"class tells at most {HARDLY:.0%} of what position or step tells",
                 label.value <= HARDLY * larger,
@@ -188,8 +188,12 @@ def _selection(by_class: Estimate, by_patch: Estimate, by_step: Estimate) -> Fin
     )
 
 
-def _versus(one: Range, other: Range) -> str:
-    return f"mean over the layers {one.text('bits', 4)} against {other.text('bits', 4)}"
+def _versus(one: Estimate, other: Estimate) -> str:
+    layers = int((one.low > other.high).sum())
+    return (
+        f"mean over the layers {mean_over_layers(one).text('bits', 4)} against "
+        f"{mean_over_layers(other).text('bits', 4)}; clearly more in {layers} of {len(one.value)} layers"
+    )
 
 
 def _depth(by_patch: Estimate) -> Finding:

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,10 @@ def record_sampling(
         backend=backend,
     ) as recorder:  # fmt: skip
         if path.exists():
-            recorder.restore(_resumable(path, provenance, half, step_patch))
+            before = _resumable(path, provenance, half, step_patch)
+            if before.num_images == settings.num_images:
+                return before
+            recorder.restore(before)
         saved = time.monotonic()
         for start in range(recorder.num_done, settings.num_images, batch_size):
             if on_progress is not None:
@@ -130,8 +134,16 @@ def _provenance(model: Any, settings: SamplingSettings, batch_size: int, checkpo
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "torch": torch.__version__,
+        "dit_moe": _version(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("dit-moe")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _resumable(path: Path, provenance: dict[str, Any], half: str, step_patch: bool) -> ExpertCounts:
