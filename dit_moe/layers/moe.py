@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import SHARED_EXPERTS
-from ..losses import global_balance_loss
+from ..losses import balance_loss, global_balance_loss
 from .experts import GroupedExperts
 from .mlp import Mlp, SwiGLU
 from .router import TopKRouter

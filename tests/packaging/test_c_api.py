@@ -163,42 +163,6 @@ def test_no_router_is_launched_without_tokens(op):
 
 
 @needs_extension
-@pytest.mark.parametrize(
-    "op, wrong",
-    [
-        *((op, {"rows": rows}) for op in ROUTING_OPS for rows in (-1, 2**31)),
-        *((op, {"experts": experts}) for op in ROUTING_OPS for experts in (0, 65 if op != "routing_plan" else 513)),
-        *((op, {"depth": depth}) for op in ("router_logits", "route") for depth in (0, 6, -8, 2**31)),
-        *((op, {"dtype": BFLOAT16, "depth": 12}) for op in ("router_logits", "route")),
-        *((op, {"dtype": dtype}) for op in ("router_logits", "route") for dtype in (-1, BAD_DTYPE)),
-        *((op, {"gate_dtype": dtype}) for op in ("router_logits", "route") for dtype in (-1, BFLOAT16, BAD_DTYPE)),
-        *((op, {"top_k": top_k}) for op in ("topk_softmax", "topk_softmax_backward", "route") for top_k in (0, 2)),
-        *((op, {"tile_rows": 0}) for op in ("routing_plan", "route")),
-        ("routing_plan", {"id_bytes": 2}),
-    ],
-)
-def test_wrong_arguments_of_the_routing_are_refused(op, wrong):
-    with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
-        getattr(cuda_impl.extension(), op)(*arguments(op, **wrong))
-
-
-@needs_extension
-@pytest.mark.parametrize("op", ["router_logits", "route"])
-@pytest.mark.parametrize("place", [0, 1])
-def test_tokens_and_gate_of_the_router_must_be_aligned(op, place):
-    given = arguments(op)
-    given[place] = 8
-    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
-        getattr(cuda_impl.extension(), op)(*given)
-
-
-@needs_extension
-@pytest.mark.parametrize("op", ["router_logits", "topk_softmax", "topk_softmax_backward"])
-def test_no_router_is_launched_without_tokens(op):
-    getattr(cuda_impl.extension(), op)(*arguments(op, rows=0))
-
-
-@needs_extension
 @pytest.mark.parametrize("op", ROW_OPS)
 @pytest.mark.parametrize("empty", [{"rows": 0}, {"width": 0}])
 def test_nothing_is_launched_without_output(op, empty):
