@@ -65,7 +65,17 @@ def test_grouped_dswiglu(target, case):
     exact = naive_dswiglu(*(tensor.to(FP64) for tensor in inputs), by_row.to(FP64), counts)
     plain = naive_dswiglu(*inputs, by_row, counts)
     for name, *results in zip(NAMES, got, exact, plain, strict=True):
-        assert_2x(name, *results)
+        if results[0].numel() == 1:  # whose error in plain PyTorch may be nothing by luck
+            check_single_dot(*results[:2], *(tensor.to(FP64) for tensor in inputs), counts)
+        else:
+            assert_2x(name, *results)
+
+
+def check_single_dot(got: Tensor, exact: Tensor, grad: Tensor, w2: Tensor, h: Tensor, counts: list[int]) -> None:
+    """One dot product of rounded values: four standard deviations of what rounding each factor to 8 bits does to it."""
+    (expert,) = (index for index, count in enumerate(counts) if count)
+    terms = (grad @ w2[expert]) * naive_swiglu(h)
+    assert (got - exact).abs() <= 4 * terms.norm() * 2.0**-8 / 12**0.5 * 2**0.5
 
 
 @pytest.mark.parametrize("case", [*SMALL_CASES, *WIDTH_CASES, *EDGE_CASES], ids=str)
