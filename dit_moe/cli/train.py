@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ..config import DiTConfig
-from ..data import ImageDataset, load_dataset
+from ..data import CachedDataset, ImageDataset, load_dataset
 from ..model import DiT
 from ..parallel import ParallelConfig
 from ..presets import model_config
@@ -28,7 +28,7 @@ _SKIPPED_SHOWN = 5
 
 
 def train(
-    data: Annotated[str, typer.Option(help="mnist, digits, emoji, or a folder with one subfolder per class.")],
+    data: Annotated[str, typer.Option(help="mnist, digits, emoji, a folder with one subfolder per class, or a cache.")],
     out: Annotated[Path, typer.Option(help="Folder for the run's state, model and metrics.")],
     steps: Annotated[int, typer.Option(help="Steps in all.")],
     config: options.Config = None,
@@ -73,7 +73,7 @@ def train(
     async_save: options.AsyncSave = False,
     resume: options.Resume = False,
 ) -> None:
-    """Train a DiT or DiT-MoE on the pixels of labelled images, with rectified flow or DDPM.
+    """Train a DiT or DiT-MoE on labelled images or their cached latents, with rectified flow or DDPM.
 
     Ctrl-C or SIGTERM ends after the current step and saves; the same command with --resume goes on. Under torchrun,
     each process trains on its share of every batch.
@@ -123,7 +123,7 @@ def _model(config: DiTConfig, seed: int, parallel: ParallelConfig) -> DiT:
 
 def _load(
     console: Console, source: str, image_size: int | None, grey: bool, shape: dict[str, Any], preset: str | None
-) -> ImageDataset:
+) -> ImageDataset | CachedDataset:
     patch_size = _shape(shape, preset)["patch_size"]
     images = load_dataset(source, image_size=image_size, patch_size=patch_size, channels=1 if grey else None)
     if images.skipped:
@@ -140,7 +140,7 @@ def _shape(shape: dict[str, Any], preset: str | None) -> dict[str, Any]:
 
 
 def _config(
-    images: ImageDataset, shape: dict[str, Any], preset: str | None, objective: options.TrainObjective
+    images: ImageDataset | CachedDataset, shape: dict[str, Any], preset: str | None, objective: options.TrainObjective
 ) -> DiTConfig:
     pixels = dict(input_size=images.image_size, in_channels=images.channels, num_classes=images.num_classes)
     learn_sigma = objective is options.TrainObjective.ddpm
