@@ -166,7 +166,7 @@ def python_include_dirs() -> list[str]:
 setup(
     packages=find_packages(include=["dit_moe", "dit_moe.*"]) + find_packages("kernels"),
     package_dir={"dit_moe_kernels": "kernels/dit_moe_kernels"},
-    package_data={"dit_moe": ["py.typed", "analysis/*.j2"], "dit_moe_kernels": ["py.typed", "*.pyi"]},
+    package_data={"dit_moe": ["py.typed", "analysis/*.j2", "recipes/*.yaml"], "dit_moe_kernels": ["py.typed", "*.pyi"]},
     ext_modules=cuda_extensions(),
     cmdclass={"build_ext": BuildCuda},
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import DiTConfig
-from .data import DataUnavailableError, ImageDataset, load_dataset
+from .data import DataUnavailableError, ImageDataset, load_bundled
 from .images import to_uint8
 from .model import DiT
 from .sampling import sample_rectified_flow
@@ -81,10 +81,10 @@ def demo_data() -> ImageDataset:
         DataUnavailableError: neither package is installed.
     """
     try:
-        return load_dataset("mnist")
+        return load_bundled("mnist")
     except DataUnavailableError as error:
         try:
-            return load_dataset("digits")
+            return load_bundled("digits")
         except DataUnavailableError:
             raise error from None
 

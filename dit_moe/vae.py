@@ -60,6 +60,23 @@ class LatentCodec:
             parts.append(distribution.sample(generator=generator) * self.scale)
         return torch.cat(parts).float()
 
+    @torch.no_grad()
+    def moments(self, pixels: Tensor, batch_size: int = 8) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the distribution that `encode` draws from, scaled as its latents.
+
+        Args:
+            pixels: (B, 3, H, W) float, -1 to 1.
+            batch_size: images encoded at once, at least 1.
+        Returns:
+            Two (B, 4, H/8, W/8) float32.
+        Raises:
+            ValueError: batch_size < 1 or pixels of the wrong shape.
+        """
+        self._check("pixels", pixels, self.autoencoder.config.in_channels, batch_size)
+        parts = [self.autoencoder.encode(self._as_weights(part)).latent_dist for part in pixels.split(batch_size)]
+        means = torch.cat([part.mean for part in parts]).float() * self.scale
+        return means, torch.cat([part.std for part in parts]).float() * self.scale
+
     def _run_decoder(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(self._as_weights(latents) / self.scale).sample
 

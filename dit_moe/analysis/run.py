@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -72,8 +73,7 @@ def record_sampling(
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     path, config = Path(path), model.config
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    sampled = SamplingEngine(model) if on_gpu else model
+    engine = SamplingEngine(model)
     provenance = _provenance(model, settings, batch_size, checkpoint)
     with record_experts(
         model, settings.num_images, number_of_steps(settings), num_groups=num_groups, half=half, step_patch=step_patch,
@@ -91,7 +91,7 @@ def record_sampling(
             indices = range(start, min(start + batch_size, settings.num_images))
             class_ids = torch.tensor([class_of(index, settings, config.num_classes) for index in indices])
             with recorder.images(class_ids) as on_step:
-                images = sample_indices(sampled, indices, settings, on_step=on_step)
+                images = sample_indices(engine, indices, settings, on_step=on_step)
             if on_images is not None:
                 on_images(indices, images)
             if start == 0 or time.monotonic() - saved > _SAVE_EVERY:
@@ -124,9 +124,8 @@ def probe_sampling(
 
 def _provenance(model: Any, settings: SamplingSettings, batch_size: int, checkpoint: str) -> dict[str, Any]:
     device = next(model.parameters()).device
-    sampling = {key: value for key, value in asdict(settings).items() if key != "shard_size"}
     return {
-        "sampling": sampling,
+        "sampling": _as_json(settings),
         "model": model.config.to_dict(),
         "weights": weights_digest(model),
         "checkpoint": checkpoint,
@@ -139,6 +138,12 @@ def _provenance(model: Any, settings: SamplingSettings, batch_size: int, checkpo
     }
 
 
+def _as_json(settings: SamplingSettings) -> dict[str, Any]:
+    """What fixes the images, as a file gives it back."""
+    fields = {key: value for key, value in asdict(settings).items() if key != "shard_size"}
+    return json.loads(json.dumps(fields))
+
+
 def _version() -> str:
     try:
         return metadata.version("dit-moe")
@@ -148,8 +153,14 @@ def _version() -> str:
 
 def _resumable(path: Path, provenance: dict[str, Any], half: str, step_patch: bool) -> ExpertCounts:
     counts = ExpertCounts.load(path)
-    changed = [f"{key}: {counts.provenance.get(key)} there, {provenance[key]} now" for key in _COMPARED
-               if counts.provenance.get(key) != provenance[key]]  # fmt: skip
+    found = dict(counts.provenance)
+    # Counts of an older release lack what was added to the settings since, and were made with its defaults.
+    found["sampling"] = _as_json(SamplingSettings(**found.get("sampling", {"num_images": counts.num_images})))
+    changed = [
+        f"{key}: {found.get(key)} there, {provenance[key]} now"
+        for key in _COMPARED
+        if found.get(key) != provenance[key]
+    ]
     for key, there, now in (
         ("half", counts.half, half),
         ("step_patch", counts.step_patches is not None, step_patch),

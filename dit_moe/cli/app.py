@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .analyze import analyze
+from .cache import cache
 from .common import SHOW_TRACEBACKS
 from .convert import convert
 from .demo import demo
@@ -34,5 +35,5 @@ def common_options(
     SHOW_TRACEBACKS.set(debug)
 
 
-for command in (demo, info, plan, train, sample, evaluate, analyze, convert, upcycle):
+for command in (demo, info, plan, cache, train, sample, evaluate, analyze, convert, upcycle):
     app.command()(command)

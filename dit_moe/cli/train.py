@@ -1,4 +1,4 @@
-"""`dit-moe train`: train a pixel-space model on one device."""
+"""`dit-moe train`: train a model on one device, or on those that torchrun gives."""
 
 from __future__ import annotations
 
@@ -6,27 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 
 from ..config import DiTConfig
-from ..data import ImageDataset, load_dataset
+from ..data import CachedDataset, ImageDataset, load_dataset
 from ..model import DiT
+from ..parallel import ParallelConfig
 from ..presets import model_config
-from ..runs import METRICS_FILE, MODEL_FILE, RunFolder, stop_on_signals
-from ..training import Trainer, TrainingReport, TrainingSettings
+from ..runs import RunFolder
+from ..training import Trainer, TrainingSettings
+from ..training.ranks import joined_ranks
 from . import train_options as options
-from .common import (
-    Backend,
-    BackendOption,
-    DeviceOption,
-    chosen_backend,
-    describe_device,
-    print_choices,
-    reported_errors,
-    resolve_device,
-)
-from .display import print_expert_load, train_with_progress
+from .common import Backend, BackendOption, DeviceOption, local_device, reported_errors, resolve_device
+from .train_loop import RunPlan, introduce, train_to_the_end
 
 # The shape of the model where neither an option nor a preset says otherwise: small enough for pictures of 32 pixels.
 _SMALL = {"patch_size": 2, "hidden_size": 256, "depth": 6, "num_heads": 4}
@@ -34,9 +28,10 @@ _SKIPPED_SHOWN = 5
 
 
 def train(
-    data: Annotated[str, typer.Option(help="mnist, digits, emoji, or a folder with one subfolder per class.")],
+    data: Annotated[str, typer.Option(help="mnist, digits, emoji, a folder with one subfolder per class, or a cache.")],
     out: Annotated[Path, typer.Option(help="Folder for the run's state, model and metrics.")],
     steps: Annotated[int, typer.Option(help="Steps in all.")],
+    config: options.Config = None,
     image_size: Annotated[int | None, typer.Option(help="Scale images to this size; folders need one.")] = None,
     grey: Annotated[bool, typer.Option("--grey", help="Read a folder's images as grey.")] = False,
     preset: options.Preset = None,
@@ -67,6 +62,8 @@ def train(
     ema_dtype: options.EmaDtype = options.StateDtype.fp32,
     ema_device: options.EmaDeviceOption = options.EmaDevice.model,
     ema_every: options.EmaEvery = 1,
+    data_parallel: options.DataParallelOption = None,
+    expert_parallel: options.ExpertParallel = 1,
     device: DeviceOption = "auto",
     backend: BackendOption = Backend.auto,
     seed: options.Seed = 0,
@@ -76,11 +73,11 @@ def train(
     async_save: options.AsyncSave = False,
     resume: options.Resume = False,
 ) -> None:
-    """Train a DiT or DiT-MoE on the pixels of labelled images, with rectified flow or DDPM.
+    """Train a DiT or DiT-MoE on labelled images or their cached latents, with rectified flow or DDPM.
 
-    Ctrl-C or SIGTERM ends after the current step and saves; the same command with --resume goes on.
+    Ctrl-C or SIGTERM ends after the current step and saves; the same command with --resume goes on. Under torchrun,
+    each process trains on its share of every batch.
     """
-    console = Console()
     with reported_errors():
         settings = TrainingSettings(
             steps=steps, objective=objective.value, batch_size=batch_size, micro_batches=micro_batches,
@@ -94,62 +91,39 @@ def train(
             num_experts=num_experts, top_k=top_k, num_shared_experts=num_shared_experts, balance_alpha=balance_alpha,
             class_dropout_prob=class_dropout,
         )  # fmt: skip
-        folder = RunFolder(out, keep=keep, asynchronous=async_save)
-        if folder.checkpoints.latest() is not None and not resume:
-            raise ValueError(f"{out} holds a run: pass --resume to go on with it, or another --out")
-        target = resolve_device(device)
-        images = _load(console, data, image_size, grey, shape, preset)
-        torch.manual_seed(seed)
-        trainer = Trainer(DiT(_config(images, shape, preset, objective)), images, settings, target)
-        if not resume:
-            folder.start()
-        else:
-            folder.resume(trainer)
-            console.print(f"resumed at step {trainer.step}", highlight=False, soft_wrap=True)
-        out.mkdir(parents=True, exist_ok=True)
-        _introduce(console, trainer)
-        _train(console, trainer, folder, backend, log_every, save_every)
+        target = resolve_device(local_device(device))
+        with joined_ranks(target):
+            parallel = _parallel(data_parallel, expert_parallel)
+            console = Console(quiet=dist.is_initialized() and dist.get_rank() > 0)
+            folder = RunFolder(out, keep=keep, asynchronous=async_save)
+            if folder.checkpoints.latest() is not None and not resume:
+                raise ValueError(f"{out} holds a run: pass --resume to go on with it, or another --out")
+            images = _load(console, data, image_size, grey, shape, preset)
+            model = _model(_config(images, shape, preset, objective), seed, parallel)
+            trainer = Trainer(model, images, settings, target, parallel)
+            introduce(console, trainer)
+            train_to_the_end(trainer, folder, RunPlan(console, backend, log_every, save_every, resume))
 
 
-def _train(
-    console: Console, trainer: Trainer, folder: RunFolder, backend: Backend, log_every: int, save_every: int
-) -> None:
-    last: list[TrainingReport] = []
-    steps = trainer.settings.steps
-    with chosen_backend(backend) as choices, stop_on_signals() as stop:
+def _parallel(data_parallel: options.DataParallel | None, expert_parallel: int) -> ParallelConfig:
+    """DDP where torchrun started several processes and nothing else is asked for."""
+    if data_parallel is not None:
+        return ParallelConfig(data_parallel.value, expert_parallel)
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    return ParallelConfig("ddp" if many else "none", expert_parallel)
 
-        def on_report(report: TrainingReport) -> None:
-            if not last:
-                print_choices(console, choices)
-            last[:] = [report]
-            folder.append(report)
 
-        while trainer.step < steps and not stop():
-            until = min(steps, (trainer.step // save_every + 1) * save_every)
-            train_with_progress(
-                trainer, console, report_every=log_every, until=until, on_report=on_report, should_stop=stop
-            )
-            folder.save(trainer)
-        folder.close()
-    if stop.signal is not None:
-        console.print(
-            f"stopped at step {trainer.step} of {steps}, saved in {folder.path}; --resume goes on",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(128 + stop.signal)
-    if last and last[0].expert_load:
-        print_expert_load(console, last[0].expert_load)
-    console.print(
-        f"averaged model: {folder.path / MODEL_FILE}, metrics: {folder.path / METRICS_FILE}",
-        highlight=False,
-        soft_wrap=True,
-    )
+def _model(config: DiTConfig, seed: int, parallel: ParallelConfig) -> DiT:
+    torch.manual_seed(seed)
+    if parallel.data_parallel == "fsdp":  # a model too large for one device need not lie there whole
+        with torch.device("meta"):
+            return DiT(config)
+    return DiT(config)
 
 
 def _load(
     console: Console, source: str, image_size: int | None, grey: bool, shape: dict[str, Any], preset: str | None
-) -> ImageDataset:
+) -> ImageDataset | CachedDataset:
     patch_size = _shape(shape, preset)["patch_size"]
     images = load_dataset(source, image_size=image_size, patch_size=patch_size, channels=1 if grey else None)
     if images.skipped:
@@ -166,27 +140,8 @@ def _shape(shape: dict[str, Any], preset: str | None) -> dict[str, Any]:
 
 
 def _config(
-    images: ImageDataset, shape: dict[str, Any], preset: str | None, objective: options.TrainObjective
+    images: ImageDataset | CachedDataset, shape: dict[str, Any], preset: str | None, objective: options.TrainObjective
 ) -> DiTConfig:
     pixels = dict(input_size=images.image_size, in_channels=images.channels, num_classes=images.num_classes)
-    return DiTConfig.from_dict(
-        {**_shape(shape, preset), **pixels, "learn_sigma": objective is options.TrainObjective.ddpm}
-    )
-
-
-def _introduce(console: Console, trainer: Trainer) -> None:
-    config, data = trainer.model.config, trainer.data
-    experts = f"{config.num_experts} experts, top {config.top_k}" if config.is_moe else "dense"
-    parameters = sum(param.numel() for param in trainer.model.parameters())
-    console.print(
-        f"model: {config.depth} blocks, width {config.hidden_size}, {experts}, {config.num_tokens} tokens an image, "
-        f"{parameters:,} parameters; {trainer.settings.dtype} on {describe_device(trainer.device)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    size = f"{data.channels} x {data.image_size} x {data.image_size}"
-    console.print(
-        f"data: {data.name}, {len(data):,} images of {size}, {data.num_classes} classes",
-        highlight=False,
-        soft_wrap=True,
-    )
+    learn_sigma = objective is options.TrainObjective.ddpm
+    return DiTConfig.from_dict({**_shape(shape, preset), **pixels, "learn_sigma": learn_sigma})

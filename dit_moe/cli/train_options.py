@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .config_file import take_options_from
+
 
 class TrainPrecision(str, Enum):
     """Arithmetic of training: fp32, bf16 by autocast with fp32 weights, or bf16 weights with fp32 masters."""
@@ -44,7 +46,23 @@ class TrainObjective(str, Enum):
     ddpm = "ddpm"
 
 
+class DataParallel(str, Enum):
+    """How the processes of torchrun share the work."""
+
+    none = "none"
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
 _MODEL, _OPTIMISER, _MEMORY, _RUN = "Model", "Optimisation", "Precision and memory", "Run"
+Config = Annotated[
+    str | None,
+    typer.Option(
+        help="YAML file, or name of a recipe, with values for these options; the command line wins.",
+        callback=take_options_from,
+        is_eager=True,
+    ),
+]
 Preset = Annotated[
     str | None, typer.Option(help="Take a preset's shape, such as DiT-MoE-S/2-8E2A.", rich_help_panel=_MODEL)
 ]
@@ -92,6 +110,11 @@ EmaDeviceOption = Annotated[
     EmaDevice, typer.Option(help="cpu keeps the averaged weights in the host's memory.", rich_help_panel=_MEMORY)
 ]
 EmaEvery = Annotated[int, typer.Option(help="Steps between updates of the average.", rich_help_panel=_MEMORY)]
+DataParallelOption = Annotated[
+    DataParallel | None,
+    typer.Option(help="Under torchrun: whole models (ddp) or parts (fsdp) on each GPU [ddp].", rich_help_panel=_RUN),
+]
+ExpertParallel = Annotated[int, typer.Option(help="GPUs that share one set of experts.", rich_help_panel=_RUN)]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", rich_help_panel=_RUN)]
 LogEvery = Annotated[int, typer.Option(min=1, help="Steps between reports.", rich_help_panel=_RUN)]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between saves.", rich_help_panel=_RUN)]

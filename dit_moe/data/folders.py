@@ -33,18 +33,11 @@ def load_folder(
         ValueError: no class or no readable image, an argument out of range, or more images than max_bytes hold.
     """
     root = Path(folder)
-    if not root.exists():
-        raise FileNotFoundError(f"image folder {root} is not there")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file, expected a folder with one subfolder per class")
     if channels not in (1, 3):
         raise ValueError(f"channels: got {channels}, expected 1 or 3")
     if image_size < 1:
         raise ValueError(f"image_size: got {image_size}, expected at least 1")
-    class_names = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
-    files = [(path, label) for label, name in enumerate(class_names) for path in _image_files(root / name)]
-    if not files:
-        raise ValueError(f"{root}: found no images, expected one subfolder per class with files ending in {EXTENSIONS}")
+    files, class_names = list_images(root)
     needed = len(files) * channels * image_size**2
     if needed > max_bytes:
         raise ValueError(
@@ -52,6 +45,24 @@ def load_folder(
             f"{max_bytes / 2**30:.1f} GiB; choose a smaller image size"
         )
     return _read(root, files, class_names, image_size, channels)
+
+
+def list_images(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """The image files of a folder with their class ids, in a fixed order, and the class names.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: the folder is not there.
+        ValueError: it holds no images.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"image folder {root} is not there")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is a file, expected a folder with one subfolder per class")
+    class_names = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    files = [(path, label) for label, name in enumerate(class_names) for path in _image_files(root / name)]
+    if not files:
+        raise ValueError(f"{root}: found no images, expected one subfolder per class with files ending in {EXTENSIONS}")
+    return files, class_names
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
@@ -66,7 +77,7 @@ def _read(
     class_ids: list[int] = []
     skipped: list[str] = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        decoded = pool.map(lambda file: _decode(file[0], image_size, channels), files)
+        decoded = pool.map(lambda file: decode_image(file[0], image_size, channels), files)
         for (path, label), image in zip(files, decoded, strict=True):
             if isinstance(image, str):
                 skipped.append(f"{path.relative_to(root)}: {image}")
@@ -79,7 +90,7 @@ def _read(
     return ImageDataset(str(root), torch.from_numpy(images[: len(labels)]), labels, class_names, tuple(skipped))
 
 
-def _decode(path: Path, image_size: int, channels: int) -> np.ndarray | str:
+def decode_image(path: Path, image_size: int, channels: int) -> np.ndarray | str:
     """(C, S, S) uint8 pixels of a file, or why it cannot be read."""
     from PIL import Image, ImageOps
 

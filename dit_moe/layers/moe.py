@@ -23,7 +23,7 @@ class MoEOutput(NamedTuple):
     tokens_per_expert: (E,) int32, how many of the T * K choices fell on each expert; over all ranks of a `count_group`.
     probs: (T, E) fp32 (fp64 for fp64 inputs), the router's probabilities of all experts.
     top_k, balance_alpha, ranks: what `balance_loss` needs beside them; ranks is None without a `count_group`.
-    local_loss: the balance loss where the router has computed it on the way, else None.
+    balance: the balance loss without its factor, where the router has computed it on the way, else None.
     """
 
     hidden: Tensor
@@ -32,7 +32,7 @@ class MoEOutput(NamedTuple):
     top_k: int
     balance_alpha: float
     ranks: int | None = None
-    local_loss: Tensor | None = None
+    balance: Tensor | None = None
 
     @property
     def balance_loss(self) -> Tensor:
@@ -41,8 +41,8 @@ class MoEOutput(NamedTuple):
         With a `count_group`, this rank's share of the loss over the tokens of all its ranks: their mean is that loss.
         Where no gradient is recorded it is computed when asked for, so that sampling does not pay for it.
         """
-        if self.local_loss is not None:
-            return self.local_loss
+        if self.balance is not None and self.ranks is None:
+            return self.balance_alpha * self.balance
         routing = self.probs, self.tokens_per_expert, self.top_k, self.balance_alpha
         return balance_loss(*routing) if self.ranks is None else global_balance_loss(*routing, self.ranks)
 
@@ -130,8 +130,7 @@ class MoEFeedForward(nn.Module):
         """
         x_TD = self._tokens("x", x)
         router_x_TD = x_TD if router_x is None else self._tokens("router_x", router_x, like=x)
-        with_loss = self.count_group is None and torch.is_grad_enabled()
-        routing = self.gate(router_x_TD, self.balance_alpha if with_loss else 0.0)
+        routing = self.gate(router_x_TD)
         counts = _Counts(routing.plan.tokens_per_expert, self.count_group)
         beside = None if self.shared_experts is None else partial(self.shared_experts, x_TD)
         hidden_TD = self.experts(x_TD, routing.topk_weights, routing.plan, beside)
@@ -144,7 +143,7 @@ class MoEFeedForward(nn.Module):
             self.gate.top_k,
             self.balance_alpha,
             ranks,
-            routing.balance_loss if with_loss else None,
+            routing.balance_loss,
         )
 
     def _tokens(self, name: str, x: Tensor, like: Tensor | None = None) -> Tensor:

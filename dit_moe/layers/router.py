@@ -44,9 +44,13 @@ class TopKRouter(nn.Module):
         """Kaiming uniform with a = sqrt(5), as torch initialises a Linear."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def forward(self, x_TD: Tensor, balance_alpha: float = 0.0) -> Routing:
-        """Route (T, D) tokens of any float dtype; the logits are computed in fp32, also under autocast."""
-        routing = route(x_TD, self.weight, self.top_k, balance_alpha=balance_alpha, backend=self.backend)
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Route (T, D) tokens of any float dtype; the logits are computed in fp32, also under autocast.
+
+        The balance loss has the factor 1, and is None where no gradient is recorded, since sampling does not want it.
+        """
+        alpha = 1.0 if torch.is_grad_enabled() else None
+        routing = route(x_TD, self.weight, self.top_k, balance_alpha=alpha, backend=self.backend)
         if self.observer is not None:
             self.observer(routing.topk_ids)
         return routing

