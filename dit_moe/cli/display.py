@@ -20,6 +20,7 @@ def train_with_progress(
     until: int | None = None,
     on_report: Callable[[TrainingReport], object] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    describe: Callable[[TrainingReport], str] | None = None,
 ) -> None:
     """Run the trainer below a progress bar; each report becomes a line, so that logs without a terminal show it too."""
     with training_progress(console) as progress:
@@ -28,7 +29,7 @@ def train_with_progress(
         def show(report: TrainingReport) -> None:
             if on_report is not None:
                 on_report(report)
-            console.print(report_line(report), highlight=False, soft_wrap=True)
+            console.print((describe or report_line)(report), highlight=False, soft_wrap=True)
 
         trainer.run(
             until,

@@ -16,10 +16,11 @@ from ..model import DiT
 from ..parallel import ParallelConfig
 from ..presets import model_config
 from ..runs import RunFolder
+from ..tracking import GridSampler
 from ..training import Trainer, TrainingSettings
 from ..training.ranks import joined_ranks
 from . import train_options as options
-from .common import Backend, BackendOption, DeviceOption, local_device, reported_errors, resolve_device
+from .common import Backend, BackendOption, DeviceOption, codec_for, local_device, reported_errors, resolve_device
 from .train_loop import RunPlan, introduce, train_to_the_end
 
 # The shape of the model where neither an option nor a preset says otherwise: small enough for pictures of 32 pixels.
@@ -72,6 +73,14 @@ def train(
     keep: options.Keep = 2,
     async_save: options.AsyncSave = False,
     resume: options.Resume = False,
+    tensorboard: options.TensorBoard = False,
+    peak_tflops: options.PeakTflops = None,
+    sample_every: options.SampleEvery = 0,
+    sample_classes: options.SampleClasses = 8,
+    sample_images: options.SampleImages = 8,
+    sample_steps: options.SampleSteps = 50,
+    sample_cfg: options.SampleCfg = 4.0,
+    vae: options.SampleVae = None,
 ) -> None:
     """Train a DiT or DiT-MoE on labelled images or their cached latents, with rectified flow or DDPM.
 
@@ -101,8 +110,19 @@ def train(
             images = _load(console, data, image_size, grey, shape, preset)
             model = _model(_config(images, shape, preset, objective), seed, parallel)
             trainer = Trainer(model, images, settings, target, parallel)
+            grids = None
+            if sample_every:
+                codec = codec_for(trainer.model, vae, target)
+                grids = GridSampler(
+                    out / "samples", sample_classes, sample_images, steps=sample_steps,
+                    cfg_scale=sample_cfg if trainer.config.class_dropout_prob else 1.0, codec=codec, seed=seed,
+                )  # fmt: skip
+            plan = RunPlan(
+                console, backend, log_every, save_every, resume, tensorboard,
+                None if peak_tflops is None else peak_tflops * 1e12, grids, sample_every,
+            )  # fmt: skip
             introduce(console, trainer)
-            train_to_the_end(trainer, folder, RunPlan(console, backend, log_every, save_every, resume))
+            train_to_the_end(trainer, folder, plan)
 
 
 def _parallel(data_parallel: options.DataParallel | None, expert_parallel: int) -> ParallelConfig:

@@ -9,10 +9,11 @@ import typer
 from rich.console import Console
 
 from ..runs import METRICS_FILE, MODEL_FILE, RunFolder, stop_on_signals
+from ..tracking import GridSampler, TensorBoardLog, peak_flops, utilisation
 from ..training import Trainer, TrainingReport
 from ..training.ranks import AgreedStop
 from .common import Backend, chosen_backend, describe_device, print_choices
-from .display import print_expert_load, train_with_progress
+from .display import print_expert_load, report_line, train_with_progress
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class RunPlan:
         backend: of the kernels.
         log_every, save_every: steps between reports, and between checkpoints.
         resume: go on from the newest checkpoint.
+        tensorboard: log to the folder tensorboard/ of the run.
+        peak: FLOP/s of one device, for the utilisation; None where only known GPUs' shall be told.
+        grids: draws samples every sample_every steps; None draws none.
+        sample_every: at least 1 with grids.
     """
 
     console: Console
@@ -31,6 +36,15 @@ class RunPlan:
     log_every: int
     save_every: int
     resume: bool
+    tensorboard: bool = False
+    peak: float | None = None
+    grids: GridSampler | None = None
+    sample_every: int = 0
+
+    def next_stop(self, step: int, last: int) -> int:
+        """The next step after which something is to be done beside training."""
+        every = [self.save_every, *([self.sample_every] if self.grids is not None else [])]
+        return min(last, *((step // steps + 1) * steps for steps in every))
 
 
 def introduce(console: Console, trainer: Trainer) -> None:
@@ -65,6 +79,11 @@ def train_to_the_end(trainer: Trainer, folder: RunFolder, plan: RunPlan) -> None
     elif trainer.rank == 0:
         folder.start()
     last: list[TrainingReport] = []
+    peak = plan.peak or peak_flops(trainer.device, trainer.settings.dtype)
+    peak = None if peak is None else peak * trainer.num_ranks
+    log = None
+    if plan.tensorboard and trainer.rank == 0:
+        log = TensorBoardLog(folder.path / "tensorboard", trainer.config, peak, trainer.step)
     with chosen_backend(plan.backend) as choices, stop_on_signals() as stop:
         agreed = AgreedStop(stop)
         stopped = False
@@ -80,14 +99,29 @@ def train_to_the_end(trainer: Trainer, folder: RunFolder, plan: RunPlan) -> None
             last[:] = [report]
             if trainer.rank == 0:
                 folder.append(report)
+            if log is not None:
+                log.report(report)
+
+        def describe(report: TrainingReport) -> str:
+            line = report_line(report)
+            if peak is None:
+                return line
+            return f"{line}  MFU {utilisation(trainer.config, report.images_per_second, peak):.1%}"
 
         while trainer.step < steps and not stopped:
-            until = min(steps, (trainer.step // plan.save_every + 1) * plan.save_every)
             train_with_progress(
-                trainer, console, report_every=plan.log_every, until=until, on_report=on_report, should_stop=should_stop
-            )
-            folder.save(trainer)
+                trainer, console, report_every=plan.log_every, until=plan.next_stop(trainer.step, steps),
+                on_report=on_report, should_stop=should_stop, describe=describe,
+            )  # fmt: skip
+            if trainer.step % plan.save_every == 0 or trainer.step == steps or stopped:
+                folder.save(trainer)
+            if plan.grids is not None and trainer.step % plan.sample_every == 0:
+                grid = plan.grids.draw(trainer)
+                if log is not None and grid is not None:
+                    log.grid(grid, trainer.step)
         folder.close()
+    if log is not None:
+        log.close()
     if stopped and trainer.step < steps:
         console.print(
             f"stopped at step {trainer.step} of {steps}, saved in {folder.path}; --resume goes on",

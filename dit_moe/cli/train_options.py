@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,6 +56,7 @@ class DataParallel(str, Enum):
 
 
 _MODEL, _OPTIMISER, _MEMORY, _RUN = "Model", "Optimisation", "Precision and memory", "Run"
+_WATCH = "Watching"
 Config = Annotated[
     str | None,
     typer.Option(
@@ -121,5 +123,22 @@ SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between saves.", rich
 Keep = Annotated[int, typer.Option(min=1, help="Checkpoints that stay.", rich_help_panel=_RUN)]
 AsyncSave = Annotated[
     bool, typer.Option("--async-save", help="Write checkpoints while training goes on.", rich_help_panel=_RUN)
+]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Log to tensorboard/ in --out; needs the package.", rich_help_panel=_WATCH)
+]
+PeakTflops = Annotated[
+    float | None, typer.Option(help="Peak of one GPU, for the utilisation [known for some].", rich_help_panel=_WATCH)
+]
+SampleEvery = Annotated[
+    int, typer.Option(min=0, help="Steps between grids of samples in samples/; 0 is none.", rich_help_panel=_WATCH)
+]
+SampleClasses = Annotated[int, typer.Option(min=1, help="Classes in a grid, one row each.", rich_help_panel=_WATCH)]
+SampleImages = Annotated[int, typer.Option(min=1, help="Images of each class.", rich_help_panel=_WATCH)]
+SampleSteps = Annotated[int, typer.Option(min=1, help="Sampling steps.", rich_help_panel=_WATCH)]
+SampleCfg = Annotated[float, typer.Option(help="Guidance of the samples; 1 is none.", rich_help_panel=_WATCH)]
+SampleVae = Annotated[
+    Path | None,
+    typer.Option(help="Folder of an AutoencoderKL in diffusers' format, for grids of latents.", rich_help_panel=_WATCH),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=_RUN)]

@@ -34,7 +34,7 @@ LEVELS = {
         {"checkpoint", "sampling", "upcycle", "parallel"},
         {"images", "vae", "data"},
         {"training"},
-        {"metrics", "runs"},
+        {"metrics", "runs", "tracking"},
         {"evaluate", "demo"},
         {"analysis"},
         {"cli"},
