@@ -12,11 +12,12 @@ from .config_file import take_options_from
 
 
 class TrainPrecision(str, Enum):
-    """Arithmetic of training: fp32, bf16 by autocast with fp32 weights, or bf16 weights with fp32 masters."""
+    """Arithmetic of training: fp32, bf16 by autocast, or bf16 weights with fp32 masters or without."""
 
     fp32 = "fp32"
     bf16 = "bf16"
     bf16_weights = "bf16-weights"
+    bf16_stochastic = "bf16-stochastic"
 
 
 class StateDtype(str, Enum):
@@ -98,7 +99,9 @@ GradClip = Annotated[float, typer.Option(help="Largest norm of the gradient.", r
 Flip = Annotated[bool, typer.Option("--flip", help="Mirror images at random.", rich_help_panel=_OPTIMISER)]
 PrecisionOption = Annotated[
     TrainPrecision,
-    typer.Option(help="bf16 keeps fp32 weights; bf16-weights keeps fp32 masters.", rich_help_panel=_MEMORY),
+    typer.Option(
+        help="bf16 keeps fp32 weights, bf16-weights fp32 masters, bf16-stochastic neither.", rich_help_panel=_MEMORY
+    ),
 ]
 MicroBatches = Annotated[
     int, typer.Option(help="Parts of the batch that run one after the other.", rich_help_panel=_MEMORY)

@@ -17,7 +17,7 @@ class AveragedWeights:
     """Averages of named weights, on their device or in the host's memory.
 
     Args:
-        weights: name -> fp32 weight, the same live tensors at each update.
+        weights: name -> weight, the same live tensors at each update.
         dtype: of the averages; torch.bfloat16 is rounded stochastically.
         device: "model" or "cpu".
         every: steps from one update to the next.
@@ -63,8 +63,7 @@ class AveragedWeights:
     def _update(self, names: list[str], share: float, generator: torch.Generator | None) -> None:
         averages = [local_part(self.tensors[name]) for name in names]
         weights = [local_part(self._weights[name]) for name in names]
-        if averages[0].device != weights[0].device:
-            weights = [weight.to(averages[0].device) for weight in weights]
+        weights = [weight.to(averages[0].device, torch.float32) for weight in weights]
         if averages[0].dtype == torch.float32:
             torch._foreach_lerp_(averages, weights, share)
             return

@@ -17,8 +17,9 @@ _BUCKET_ELEMENTS = 64 * 2**20  # fp32 copies of a bucket's gradients and moments
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2) by PyTorch's fused kernel.
 
-    Parameters in bf16 get master weights in fp32, which the update changes and the parameters then follow. DTensors
-    are updated shard by shard. Nothing waits for the device.
+    Parameters in bf16 get master weights in fp32, which the update changes and the parameters then follow; or, without
+    masters, are updated in fp32 and rounded stochastically. DTensors are updated shard by shard. Nothing waits for the
+    device.
 
     Args:
         parameters: name -> fp32 or bf16 parameter.
@@ -26,6 +27,7 @@ class AdamW:
         weight_decay: share of a weight that learning rate 1 takes off.
         moments: torch.float32, or torch.bfloat16, rounded stochastically.
         eps: added to the root of the second moment.
+        keep_masters: whether bf16 parameters get master weights.
         masters: fp32 values that bf16 parameters were rounded from; None takes the parameters' own.
 
     Raises:
@@ -39,6 +41,7 @@ class AdamW:
         weight_decay: float = 0.0,
         moments: torch.dtype = torch.float32,
         eps: float = 1e-8,
+        keep_masters: bool = True,
         masters: Mapping[str, Tensor] | None = None,
     ) -> None:
         for name, param in parameters.items():
@@ -46,9 +49,11 @@ class AdamW:
                 raise TypeError(f"{name}: got dtype {param.dtype}, expected float32 or bfloat16")
         self.parameters = dict(parameters)
         self.betas, self.weight_decay, self.eps = betas, weight_decay, eps
-        # Of an fp32 parameter, its own tensor.
+        # Where a parameter has no master, its own tensor.
         self.weights = {
-            name: param if param.dtype == torch.float32 else (masters or self.parameters)[name].detach().float()
+            name: param
+            if param.dtype == torch.float32 or not keep_masters
+            else (masters or self.parameters)[name].detach().float()
             for name, param in self.parameters.items()
         }
         self.exp_avg = {name: _zeros(param, moments) for name, param in self.parameters.items()}
@@ -116,15 +121,18 @@ class AdamW:
         skip: Tensor | None,
         generator: torch.Generator | None,
     ) -> None:
-        weights = [local_part(self.weights[name]) for name in names]
-        moments = [[local_part(kept[name]) for name in names] for kept in (self.exp_avg, self.exp_avg_sq)]
+        kept = [
+            local_part(tensors[name]) for tensors in (self.weights, self.exp_avg, self.exp_avg_sq) for name in names
+        ]
+        new = [tensor.float() for tensor in kept]  # the tensor itself where it is fp32
+        count = len(names)
         adamw(
-            weights,
+            new[:count],
             [local_part(gradients[name]).float() for name in names],
-            first := [moment.float() for moment in moments[0]],
-            second := [moment.float() for moment in moments[1]],
+            new[count : 2 * count],
+            new[2 * count :],
             [],
-            list(self.updates.repeat(len(names)).unbind()),
+            list(self.updates.repeat(count).unbind()),
             fused=True,
             grad_scale=divisor,
             found_inf=skip,
@@ -136,9 +144,9 @@ class AdamW:
             eps=self.eps,
             maximize=False,
         )
-        for kept, new in zip((*moments[0], *moments[1]), (*first, *second), strict=True):
-            if kept is not new:  # float() gives the tensor itself where it is fp32
-                round_stochastically_(kept, new, generator)
+        for tensor, exact in zip(kept, new, strict=True):
+            if tensor.dtype != exact.dtype:
+                round_stochastically_(tensor, exact, generator)
         self.copy_weights(names)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 _CHOICES = {
     "schedule": ("constant", "cosine"),
     "objective": ("rf", "ddpm"),
-    "dtype": ("fp32", "bf16", "bf16-weights"),
+    "dtype": ("fp32", "bf16", "bf16-weights", "bf16-stochastic"),
     "moments": ("fp32", "bf16"),
     "ema_dtype": ("fp32", "bf16"),
     "ema_device": ("model", "cpu"),
@@ -31,8 +31,8 @@ class TrainingSettings:
         beta1, beta2, weight_decay: of AdamW.
         ema_decay: of the averaged weights; during the first steps (1 + step) / (10 + step) where that is less.
         grad_clip: largest norm of the gradient of all parameters.
-        dtype: "fp32"; "bf16" for autocast with fp32 weights; or "bf16-weights" for a model in bf16 whose fp32 master
-            weights the optimiser keeps.
+        dtype: "fp32"; "bf16" for autocast with fp32 weights; "bf16-weights" for a model in bf16 whose fp32 master
+            weights the optimiser keeps; or "bf16-stochastic" for one without, whose updates are rounded stochastically.
         moments: dtype of AdamW's two moments; "bf16" rounds them stochastically.
         ema_dtype: of the averaged weights; "bf16" rounds them stochastically.
         ema_device: "model", or "cpu" to keep them in the host's memory; each update then waits for the device.

@@ -88,12 +88,13 @@ class Trainer:
         """Spread the model, and make the optimiser of what lies here."""
         settings, sharded = self.settings, self.parallel.data_parallel == "fsdp"
         recompute(model.blocks, settings.recompute_blocks)
-        # FSDP keeps fp32 parts and gathers in bf16: its parts are the master weights.
-        narrow = settings.dtype == "bf16-weights" and not sharded
-        self._autocast = settings.dtype == "bf16" or (settings.dtype == "bf16-weights" and sharded)
-        self._input_dtype = torch.bfloat16 if narrow else torch.float32
+        # With masters, FSDP keeps fp32 parts and gathers in bf16: its parts are the master weights.
+        keep_masters = settings.dtype != "bf16-stochastic"
+        narrow = not keep_masters or (settings.dtype == "bf16-weights" and not sharded)
+        self._autocast = settings.dtype == "bf16" or (settings.dtype != "fp32" and sharded)
+        self._input_dtype = torch.bfloat16 if narrow and not sharded else torch.float32
         masters = None
-        if narrow and self.num_ranks == 1 and not any(param.is_meta for param in model.parameters()):
+        if narrow and keep_masters and self.num_ranks == 1 and not any(param.is_meta for param in model.parameters()):
             # Master weights start from the fp32 weights, not from what bf16 leaves of them.
             masters = {name: param.detach().to(self.device) for name, param in model.named_parameters()}
         if narrow:
@@ -107,6 +108,7 @@ class Trainer:
             (settings.beta1, settings.beta2),
             settings.weight_decay,
             _DTYPES[settings.moments],
+            keep_masters=keep_masters,
             masters=masters,
         )
 
@@ -206,7 +208,7 @@ class Trainer:
                     local_part(param).copy_(kept[name])
 
     def state(self) -> dict[str, Tensor]:
-        """All that a run must keep, as live tensors: "model.NAME" in fp32, "ema.NAME" and "optimizer.NAME.MOMENT"."""
+        """All that a run must keep, as live tensors: "model.NAME" (masters), "ema.NAME", "optimizer.NAME.MOMENT"."""
         weights = {**self.model.state_dict(), **self.optimizer.weights}
         state = {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
         state |= {f"ema.{name}": tensor for name, tensor in self.averages.tensors.items()}

@@ -254,8 +254,9 @@ def test_checks() -> None:
         {"dtype": "bf16", "micro_batches": 2, "flip": True},
         {"dtype": "bf16-weights", "moments": "bf16", "ema_dtype": "bf16", "recompute_blocks": 1, "micro_batches": 2},
         {"objective": "ddpm", "dtype": "bf16-weights"},
+        {"dtype": "bf16-stochastic", "moments": "bf16"},
     ],
-    ids=["fp32", "bf16", "bf16-weights", "ddpm"],
+    ids=["fp32", "bf16", "bf16-weights", "ddpm", "bf16-stochastic"],
 )
 def test_step_does_not_wait_for_the_gpu(options: dict[str, Any]) -> None:
     torch.manual_seed(0)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_moe import DiT
 from dit_moe.training import Trainer, TrainingReport
 
-from .training_cases import CONFIG, SETTINGS, assert_equal, shaken, trainer, weights
+from .training_cases import CONFIG, SETTINGS, assert_equal, bars, shaken, trainer, weights
 
 PLAIN = replace(SETTINGS, warmup_steps=0, schedule="constant", grad_clip=1e9)
 
@@ -65,12 +66,43 @@ def test_bf16_weights_follow_fp32_masters() -> None:
     assert (run.optimizer.weights[name] != masters[name]).all()
 
 
+def test_stochastic_weights_move_on_average_without_masters() -> None:
+    """A step of 1e-5 is far below bf16's distances near 0.1; in 200 equal ones the weights move by 2e-3 on average."""
+    run = trainer(replace(PLAIN, dtype="bf16-stochastic", learning_rate=1e-5, steps=10**6))
+    assert all(run.optimizer.weights[name] is param for name, param in run.parameters.items())
+    name = "blocks.0.moe.experts.w13"
+    param = run.parameters[name]
+    with torch.no_grad():
+        param.fill_(0.1)
+    start = param[0, 0, 0].item()
+    for _ in range(200):
+        run.optimizer.zero_gradients()
+        param.grad = torch.ones_like(param)
+        run.optimizer.step(1e-5)
+    assert param.dtype == torch.bfloat16
+    assert start - param.float().mean().item() == pytest.approx(2e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-weights", "bf16-stochastic"])
+def test_model_on_the_meta_device_gets_fresh_weights(dtype: str) -> None:
+    with torch.device("meta"):
+        model = DiT(CONFIG)
+    run = Trainer(model, bars(), replace(SETTINGS, dtype=dtype))
+    run.run(until=2)
+    weight = run.parameters["blocks.0.attn.qkv.weight"]
+    assert weight.device.type == "cpu" and weight.isfinite().all() and weight.float().std() > 0.05
+    expected = DiT(CONFIG).pos_embed
+    torch.testing.assert_close(run.model.pos_embed.float(), expected, rtol=0, atol=4e-3)
+
+
 def test_masters_start_from_the_exact_weights() -> None:
     exact, rounded = trainer(), trainer(replace(SETTINGS, dtype="bf16-weights"))
     assert_equal(exact.optimizer.weights, rounded.optimizer.weights)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"dtype": "bf16-weights"}, {"moments": "bf16"}])
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bf16"}, {"dtype": "bf16-weights"}, {"dtype": "bf16-stochastic"}, {"moments": "bf16"}]
+)
 def test_losses_of_each_precision_agree(options: dict[str, Any]) -> None:
     exact, other = losses_of(SETTINGS), losses_of(replace(SETTINGS, **options))
     assert exact != other
@@ -92,8 +124,9 @@ def test_saved_weights_of_each_precision_are_fp32() -> None:
         {"dtype": "bf16-weights"},
         {"dtype": "bf16-weights", "moments": "bf16", "ema_dtype": "bf16", "micro_batches": 2},
         {"ema_device": "cpu", "ema_every": 4, "ema_dtype": "bf16"},
+        {"dtype": "bf16-stochastic", "moments": "bf16", "micro_batches": 2},
     ],
-    ids=["masters", "bf16 states", "averages on the host"],
+    ids=["masters", "bf16 states", "averages on the host", "no masters"],
 )
 def test_state_is_all_that_a_run_needs(options: dict[str, Any]) -> None:
     settings = replace(SETTINGS, **options)

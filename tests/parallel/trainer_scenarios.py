@@ -92,6 +92,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recompute": {"steps": 10, "recompute_blocks": 2},
     "bf16": {"steps": 10, "dtype": "bf16"},
     "bf16-weights": {"steps": 10, "dtype": "bf16-weights", "micro_batches": 2, "moments": "bf16"},
+    "bf16-stochastic": {"steps": 10, "dtype": "bf16-stochastic", "moments": "bf16", "ema_dtype": "bf16"},
 }
 
 
