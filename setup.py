@@ -34,6 +34,7 @@ SM90A_SOURCES = (
     "sm90/grouped_gemm_dw.cu",
     "sm90/grouped_gemm_dx.cu",
     "sm90/grouped_swiglu.cu",
+    "sm90/routed_ffn.cu",
 )
 DEFAULT_ARCHS = "80;90"
 MEMORY_PER_JOB = 2 << 30  # bytes; one nvcc process stays below this

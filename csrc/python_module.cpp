@@ -137,6 +137,21 @@ void grouped_dswiglu(Address grad, Address w2, Address expert_offsets, Address h
                                 pointer(weighted_a), pointer<float>(dots), num_rows, depth, width, num_experts, dtype,
                                 stream_handle(stream)));
 }
+
+void routed_ffn(Address x, Address gate, Address w13, Address w2, Address out, Address probs, Address tokens_per_expert,
+                Address workspace, int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts,
+                int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
+  check("routed_ffn",
+        dit_moe_routed_ffn(pointer(x), pointer(gate), pointer(w13), pointer(w2), pointer(out), pointer<float>(probs),
+                           pointer<int32_t>(tokens_per_expert), pointer(workspace), num_tokens, depth, hidden,
+                           num_experts, top_k, dtype, gate_dtype, stream_handle(stream)));
+}
+
+int64_t routed_ffn_workspace(int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k) {
+  const int64_t bytes = dit_moe_routed_ffn_workspace(num_tokens, depth, hidden, num_experts, top_k);
+  if (bytes < 0) check("routed_ffn_workspace", cudaErrorInvalidValue);
+  return bytes;
+}
 #endif
 
 py::dict build_info() {
@@ -202,6 +217,12 @@ PYBIND11_MODULE(_C, module) {
              py::arg("h"), py::arg("topk_weights"), py::arg("row_to_slot"), py::arg("dh"), py::arg("weighted_a"),
              py::arg("dots"), py::arg("num_rows"), py::arg("depth"), py::arg("width"), py::arg("num_experts"),
              py::arg("dtype"), py::arg("stream"));
+  module.def("routed_ffn", &routed_ffn, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("w13"), py::arg("w2"),
+             py::arg("out"), py::arg("probs"), py::arg("tokens_per_expert"), py::arg("workspace"),
+             py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"),
+             py::arg("dtype"), py::arg("gate_dtype"), py::arg("stream"));
+  module.def("routed_ffn_workspace", &routed_ffn_workspace, py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"),
+             py::arg("num_experts"), py::arg("top_k"));
 #endif
   module.def("build_info", &build_info, "CUDA version and GPU architectures that this module was compiled for.");
 }

@@ -137,6 +137,18 @@ cudaError_t dit_moe_grouped_gemm_dw(const void* grad, const void* x, const int32
                                     int64_t num_rows, int64_t height, int64_t width, int64_t num_experts,
                                     int32_t accumulate, DitMoeDtype dw_dtype, DitMoeDtype dtype, cudaStream_t stream);
 
+// The routed layer where no gradient follows: dit_moe_route, dit_moe_permute, dit_moe_grouped_swiglu,
+// dit_moe_grouped_gemm and dit_moe_unpermute, under the conditions of each.
+//   x (T, D) dtype, gate (E, D) gate_dtype, w13 (E, 2F, D) dtype, w2 (E, D, F) dtype, workspace as many bytes as
+//   dit_moe_routed_ffn_workspace says (-1 for sizes out of range), at a multiple of 256
+//   -> out (T, D) dtype, probs (T, E) fp32, tokens_per_expert (E,) int32; depth is D, hidden F
+int64_t dit_moe_routed_ffn_workspace(int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts,
+                                     int64_t top_k);
+cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2, void* out,
+                               float* probs, int32_t* tokens_per_expert, void* workspace, int64_t num_tokens,
+                               int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
+                               DitMoeDtype gate_dtype, cudaStream_t stream);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from dit_moe_kernels import routed_ffn
 from torch import Tensor, nn
 
 from ..config import SHARED_EXPERTS
@@ -129,6 +130,15 @@ class MoEFeedForward(nn.Module):
             TypeError, ValueError: wrong dtype, width or shape, or tensors on different devices.
         """
         x_TD = self._tokens("x", x)
+        if router_x is None and self._plain():
+            gate, experts = self.gate, self.experts
+            hidden_TD, probs_TE, tokens_per_expert_E = routed_ffn(
+                x_TD, gate.weight, experts.w13, experts.w2, gate.top_k, backend=gate.backend
+            )
+            if self.shared_experts is not None:
+                hidden_TD = hidden_TD + self.shared_experts(x_TD)
+            hidden = hidden_TD.view(x.shape)
+            return MoEOutput(hidden, tokens_per_expert_E, probs_TE, gate.top_k, self.balance_alpha)
         router_x_TD = x_TD if router_x is None else self._tokens("router_x", router_x, like=x)
         routing = self.gate(router_x_TD)
         counts = _Counts(routing.plan.tokens_per_expert, self.count_group)
@@ -144,6 +154,20 @@ class MoEFeedForward(nn.Module):
             self.balance_alpha,
             ranks,
             routing.balance_loss,
+        )
+
+    def _plain(self) -> bool:
+        """Whether one op may do all: no gradient, and nobody watches or has replaced the router or the experts."""
+        gate, experts = self.gate, self.experts
+        return (
+            not torch.is_grad_enabled()
+            and self.count_group is None
+            and type(gate) is TopKRouter
+            and type(experts) is GroupedExperts
+            and gate.observer is None
+            and gate.backend == experts.backend
+            and not (gate._forward_hooks or gate._forward_pre_hooks)
+            and not (experts._forward_hooks or experts._forward_pre_hooks)
         )
 
     def _tokens(self, name: str, x: Tensor, like: Tensor | None = None) -> Tensor:

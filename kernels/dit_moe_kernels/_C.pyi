@@ -173,4 +173,23 @@ def grouped_dswiglu(
 
 DSWIGLU_COLUMNS: int  # of a column tile of `dots`
 
+def routed_ffn(
+    x: int,
+    gate: int,
+    w13: int,
+    w2: int,
+    out: int,
+    probs: int,
+    tokens_per_expert: int,
+    workspace: int,
+    num_tokens: int,
+    depth: int,
+    hidden: int,
+    num_experts: int,
+    top_k: int,
+    dtype: int,
+    gate_dtype: int,
+    stream: int,
+) -> None: ...
+def routed_ffn_workspace(num_tokens: int, depth: int, hidden: int, num_experts: int, top_k: int) -> int: ...
 def build_info() -> dict[str, str]: ...

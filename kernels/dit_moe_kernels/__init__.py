@@ -16,6 +16,7 @@ from .norm_modulate import norm_modulate, residual_norm_modulate
 from .permute import permute, unpermute
 from .qk_norm import qk_norm
 from .route import Routing, route
+from .routed_ffn import routed_ffn
 from .router import router_logits, topk_softmax
 from .routing import RoutingPlan, make_routing_plan
 
@@ -39,6 +40,7 @@ __all__ = [
     "qk_norm",
     "residual_norm_modulate",
     "route",
+    "routed_ffn",
     "router_logits",
     "swiglu",
     "topk_softmax",

@@ -67,7 +67,7 @@ _PLAN_SCHEMA = (
 )
 
 
-def _forward_impl(
+def run_forward(
     x: Tensor,
     w13: Tensor,
     w2: Tensor,
@@ -81,6 +81,7 @@ def _forward_impl(
     save_h: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """The op's implementation: out, and h, which has no rows unless save_h."""
     x, w13, w2, topk_weights = (t.contiguous() for t in (x, w13, w2, topk_weights))
     if backend == "cuda":
         from .cuda_impl import expert_ffn as cuda_kernels
@@ -121,7 +122,7 @@ def _backward(ctx: Any, grad: Tensor | None, _dh: None) -> tuple[Tensor | None, 
 _expert_ffn = define_op(
     f"expert_ffn(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, {_PLAN_SCHEMA}, bool save_h, str backend)"
     " -> (Tensor, Tensor)",
-    _forward_impl,
+    run_forward,
     _forward_fake,
     setup_context=_setup,
     backward=_backward,

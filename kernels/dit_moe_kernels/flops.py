@@ -49,8 +49,14 @@ def _expert_ffn_backward(
     return 2 * _expert_ffn(x, w13, w2, topk_weights)
 
 
+def _routed_ffn(x: Shape, gate: Shape, w13: Shape, w2: Shape, top_k: int, *_: Any, **__: Any) -> int:
+    return _product(x, gate) + _expert_ffn(x, w13, w2, (x[0], top_k))
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
+    "route": _product,
     "router_logits": _product,
+    "routed_ffn": _routed_ffn,
     "grouped_gemm": _product,
     "grouped_gemm_dx": _product,
     "grouped_gemm_dw": _weight_gradient,

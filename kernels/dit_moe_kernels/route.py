@@ -74,9 +74,10 @@ def _balance_scale(num_tokens: int, num_experts: int, top_k: int, alpha: float) 
     return alpha * num_experts / (max(num_tokens, 1) ** 2 * top_k)
 
 
-def _route_impl(
+def run_route(
     x: Tensor, gate: Tensor, top_k: int, tile_rows: int, balance_alpha: float, backend: str
 ) -> tuple[Tensor, ...]:
+    """The op's implementation: topk_weights, topk_ids, probs, balance loss, and the plan's six tensors."""
     num_experts = gate.shape[0]
     scale = _balance_scale(x.shape[0], num_experts, top_k, balance_alpha)
     if backend == "reference":
@@ -132,7 +133,7 @@ def _backward(
 _route = define_op(
     "route(Tensor x, Tensor gate, int top_k, int tile_rows, float balance_alpha, str backend)"
     f" -> ({', '.join(['Tensor'] * 10)})",
-    _route_impl,
+    run_route,
     _route_fake,
     setup_context=_setup,
     backward=_backward,

@@ -52,6 +52,7 @@ def op_samples(target) -> dict[str, tuple]:
             1, 5, 0, 1, name,
         ),
         "route": (rand(t, d, grad=True), rand(e, d, grad=True), k, 16, 0.1, name),
+        "routed_ffn": (rand(t, d), rand(e, d), rand(e, 2 * f, d), rand(e, d, f), k, name),
         "router_logits": (rand(t, d, grad=True), rand(e, d, grad=True), name),
         "topk_softmax": (router(t, e, grad=True), k, name),
         "topk_softmax_backward": (router(t, k), router(t, e), ids.clamp(min=0), router(t, e).softmax(1), name),

@@ -17,6 +17,8 @@ from dit_moe_kernels import cuda_impl
 KERNELS = Path(cuda_impl.__file__).parents[1]
 ROW_OPS = {"permute": 4, "unpermute": 4, "unpermute_backward": 6}  # and how many addresses they take
 PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_gemm_dw": 4, "grouped_swiglu": 5, "grouped_dswiglu": 9}
+LAYER = "routed_ffn"
+LAYER_FUNCTIONS = {LAYER, "routed_ffn_workspace"}
 ROUTING_OPS = {"router_logits": 3, "topk_softmax": 4, "topk_softmax_backward": 5, "routing_plan": 8, "route": 13}
 NUM_ADDRESSES = {**ROW_OPS, **PRODUCTS, **ROUTING_OPS}
 BAD_DTYPE = 7
@@ -70,7 +72,9 @@ def test_stub_matches_the_module():
     module = cuda_impl.extension()
     functions = [node for node in ast.parse((KERNELS / "_C.pyi").read_text()).body if isinstance(node, ast.FunctionDef)]
     compiled = {name for name in dir(module) if callable(getattr(module, name))}
-    assert {function.name for function in functions} - compiled <= (set() if has_products() else set(PRODUCTS))
+    assert {function.name for function in functions} - compiled <= (
+        set() if has_products() else {*PRODUCTS, *LAYER_FUNCTIONS}
+    )
     assert compiled <= {function.name for function in functions}
     for function in (function for function in functions if function.name in compiled):
         signature = re.match(rf"{function.name}\((.*)\) -> ", getattr(module, function.name).__doc__)
@@ -224,3 +228,35 @@ def test_unloadable_extension_has_a_reason(monkeypatch, tmp_path):
     importlib.invalidate_caches()
     monkeypatch.setattr(cuda_impl, "MODULE", "broken_extension")
     assert re.match("the CUDA extension cannot be loaded: .*broken_extension", cuda_impl.import_error())
+
+
+def layer_arguments(
+    rows: int = 4, depth: int = 16, hidden: int = 8, experts: int = 4, top_k: int = 2, dtype: int = BFLOAT16
+) -> list[int]:
+    return [0] * 8 + [rows, depth, hidden, experts, top_k, dtype, FLOAT32, 0]
+
+
+@needs_products
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": -1}, {"rows": 2**30}, {"depth": 12}, {"depth": 2**40}, {"hidden": -8}, {"experts": 65},
+        {"top_k": 5}, {"top_k": 0}, {"dtype": BAD_DTYPE},
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_the_layer_are_refused(wrong):
+    with pytest.raises(RuntimeError, match=r"^routed_ffn: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        getattr(cuda_impl.extension(), LAYER)(*layer_arguments(**wrong))
+
+
+@needs_products
+def test_workspace_of_the_layer_holds_its_parts():
+    module = cuda_impl.extension()
+    for rows, depth, hidden, experts, top_k in [(0, 16, 8, 4, 2), (1, 8, 8, 1, 1), (4096, 384, 1536, 8, 2)]:
+        slots = rows * top_k
+        tiles = -(-slots // 128) + min(experts, slots)
+        parts = 2 * slots * (depth + hidden) + 4 * (4 * slots + experts + 1 + 2 * tiles) + module.ROUTING_WORKSPACE
+        size = module.routed_ffn_workspace(rows, depth, hidden, experts, top_k)
+        assert parts <= size <= parts + 256 * 10
+    with pytest.raises(RuntimeError, match="routed_ffn_workspace"):
+        module.routed_ffn_workspace(-1, 8, 8, 1, 1)

@@ -25,6 +25,7 @@ LEVELS = {
         {"routing", "router", "activation", "counting", "norm_modulate", "qk_norm"},
         {"permute", "grouped_gemm", "route"},
         {"expert_ffn"},
+        {"routed_ffn"},
     ),
     "dit_moe": (
         {"config", "losses", "diffusion", "guidance"},

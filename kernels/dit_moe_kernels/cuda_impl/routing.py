@@ -29,7 +29,7 @@ def unsupported(whole_chunks: bool) -> str | None:
 
 def router_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
     """x_TD, gate_ED -> logits_TE fp32."""
-    x_TD, gate_ED = _operands(x_TD, gate_ED)
+    x_TD, gate_ED = operands(x_TD, gate_ED)
     sizes = (*x_TD.shape, gate_ED.shape[0])
     logits_TE = x_TD.new_empty(sizes[0], sizes[2], dtype=torch.float32)
     launch("router_logits", (x_TD, gate_ED, logits_TE), sizes, x_TD, (x_TD.dtype, gate_ED.dtype))
@@ -67,7 +67,7 @@ def routing_plan(topk_ids_TK: Tensor, num_experts: int, tile_rows: int) -> tuple
 
 def route(x_TD: Tensor, gate_ED: Tensor, top_k: int, tile_rows: int, balance_scale: float) -> tuple[Tensor, ...]:
     """x_TD, gate_ED -> topk_weights_TK, topk_ids_TK, probs_TE, balance loss (), and the plan's six tensors."""
-    x_TD, gate_ED = _operands(x_TD, gate_ED)
+    x_TD, gate_ED = operands(x_TD, gate_ED)
     (num_tokens, width), num_experts = x_TD.shape, gate_ED.shape[0]
     weights_TK = x_TD.new_empty(num_tokens, top_k, dtype=torch.float32)
     ids_TK = x_TD.new_empty(num_tokens, top_k, dtype=torch.int32)
@@ -84,7 +84,7 @@ def route(x_TD: Tensor, gate_ED: Tensor, top_k: int, tile_rows: int, balance_sca
     return weights_TK, ids_TK, probs_TE, balance, *plan
 
 
-def _operands(x_TD: Tensor, gate_ED: Tensor) -> tuple[Tensor, Tensor]:
+def operands(x_TD: Tensor, gate_ED: Tensor) -> tuple[Tensor, Tensor]:
     """x and gate where and as the router's kernel reads them; a gate in another dtype than x's is read as fp32."""
     if gate_ED.dtype != x_TD.dtype:
         gate_ED = gate_ED.float()

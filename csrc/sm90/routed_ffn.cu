@@ -1,0 +1,103 @@
+// The routed layer without gradients in one call: route, dispatch, both products, combine; see launch.h.
+#include <algorithm>
+#include <limits>
+
+#include "launch.h"
+
+namespace dit_moe::sm90 {
+namespace {
+
+constexpr int64_t kTileRows = 128;  // of the plan's tile schedule, which these products do not read
+
+// Hands out pieces of the workspace; without one it counts the bytes.
+class Pieces {
+ public:
+  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <typename T>
+  T* take(int64_t bytes) {
+    constexpr int64_t alignment = 256;
+    char* const piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (bytes + alignment - 1) / alignment * alignment;
+    return reinterpret_cast<T*>(piece);
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+struct Workspace {
+  void* routing;
+  float* weights;    // (T, K)
+  int32_t* ids;      // (T, K)
+  DitMoePlan plan;   // without tokens_per_expert
+  void* rows;        // (N, D): the tokens by expert, then their results
+  void* activation;  // (N, F)
+  int64_t bytes;
+};
+
+Workspace cut(void* base, int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k) {
+  constexpr int64_t element = 2, number = 4;  // bytes of fp16 or bf16, of fp32 or int32
+  const int64_t rows = num_tokens * top_k;
+  const int64_t tiles = rows / kTileRows + 1 + std::min(num_experts, rows);  // no less than the plan's
+  Pieces pieces(base);
+  Workspace w{};
+  w.routing = pieces.take<void>(DIT_MOE_ROUTING_WORKSPACE);
+  w.weights = pieces.take<float>(rows * number);
+  w.ids = pieces.take<int32_t>(rows * number);
+  w.plan.expert_offsets = pieces.take<int32_t>((num_experts + 1) * number);
+  w.plan.row_to_slot = pieces.take<int32_t>(rows * number);
+  w.plan.slot_to_row = pieces.take<int32_t>(rows * number);
+  w.plan.tile_expert = pieces.take<int32_t>(tiles * number);
+  w.plan.tile_row = pieces.take<int32_t>(tiles * number);
+  w.plan.tile_rows = kTileRows;
+  w.rows = pieces.take<void>(rows * depth * element);
+  w.activation = pieces.take<void>(rows * hidden * element);
+  w.bytes = pieces.used();
+  return w;
+}
+
+// What the sizes in bytes above need not to overflow; the launchers check the rest.
+bool valid_sizes(int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k) {
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+  for (const int64_t size : {num_tokens, depth, hidden, num_experts, top_k}) {
+    if (size < 0 || size > limit) return false;
+  }
+  return num_tokens * top_k <= limit;
+}
+
+}  // namespace
+}  // namespace dit_moe::sm90
+
+extern "C" int64_t dit_moe_routed_ffn_workspace(int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts,
+                                                int64_t top_k) {
+  using namespace dit_moe::sm90;
+  if (!valid_sizes(num_tokens, depth, hidden, num_experts, top_k)) return -1;
+  return cut(nullptr, num_tokens, depth, hidden, num_experts, top_k).bytes;
+}
+
+extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2, void* out,
+                                          float* probs, int32_t* tokens_per_expert, void* workspace, int64_t num_tokens,
+                                          int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k,
+                                          DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream) {
+  using namespace dit_moe::sm90;
+  if (!valid_sizes(num_tokens, depth, hidden, num_experts, top_k)) return cudaErrorInvalidValue;
+  Workspace w = cut(workspace, num_tokens, depth, hidden, num_experts, top_k);
+  w.plan.tokens_per_expert = tokens_per_expert;
+  const int64_t rows = num_tokens * top_k;
+  const int32_t* const offsets = w.plan.expert_offsets;
+  cudaError_t error = dit_moe_route(x, gate, w.weights, w.ids, probs, nullptr, &w.plan, w.routing, num_tokens, depth,
+                                    num_experts, top_k, 0.0, dtype, gate_dtype, stream);
+  if (error != cudaSuccess) return error;
+  error = dit_moe_permute(x, w.plan.row_to_slot, w.plan.slot_to_row, w.rows, num_tokens, depth, top_k, dtype, stream);
+  if (error != cudaSuccess) return error;
+  error = dit_moe_grouped_swiglu(w.rows, w13, offsets, w.activation, nullptr, rows, depth, hidden, num_experts, dtype,
+                                 stream);
+  if (error != cudaSuccess) return error;
+  error = dit_moe_grouped_gemm(w.activation, w2, offsets, w.rows, rows, hidden, depth, num_experts, dtype, stream);
+  if (error != cudaSuccess) return error;
+  return dit_moe_unpermute(w.rows, w.weights, w.plan.slot_to_row, out, num_tokens, depth, top_k, dtype, stream);
+}

@@ -1,0 +1,76 @@
+"""routed_ffn: the whole routed layer; without gradients one op, since small layers wait for the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, configs, reference, router
+from .expert_ffn import check_expert_weights, expert_ffn, run_forward
+from .library import define_op
+from .route import route, run_route
+
+
+def routed_ffn(
+    x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Route every token, send it through its experts and sum the weighted results: `route`, then `expert_ffn`.
+
+    Args:
+        x: (T, D) float, tokens.
+        gate: (E, D) float, the router's weight; its dtype may differ from x's.
+        w13: (E, 2F, D) float, gate rows first, then up rows.
+        w2: (E, D, F) float.
+        top_k: K, at most E.
+        backend: "auto", "cuda" (Hopper; see `route` and `expert_ffn`), "triton" or "reference".
+
+    Returns:
+        out (T, D) as `expert_ffn` gives it; probs (T, E) and tokens_per_expert (E,) as `route` does.
+    """
+    tensors = (x, gate, w13, w2)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not wants_gradient and checks.autocast_dtype(x) == x.dtype == w13.dtype == w2.dtype:  # nothing is to be cast
+        _check(x, gate, w13, w2, top_k)
+        fits = backends.whole_chunks(x.dtype, x.shape[1], w2.shape[2])
+        name = backends.resolve(backend, "expert_ffn", x.device, x.dtype, whole_chunks=fits)
+        if name == router.resolve(backend, x, gate):
+            return _routed_ffn(*tensors, top_k, name)
+    routing = route(x, gate, top_k, backend=backend)
+    out = expert_ffn(x, w13, w2, routing.topk_weights, routing.plan, backend=backend)
+    return out, routing.probs, routing.plan.tokens_per_expert
+
+
+def _check(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int) -> None:
+    checks.check_float("x", x, 2)
+    checks.check_float("gate", gate, 2)
+    checks.check_same_device("gate", gate, "x", x)
+    check_expert_weights(w13, w2, x)
+    checks.check_shape("gate", gate, (w13.shape[0], x.shape[1]))
+    checks.check_top_k(top_k, gate.shape[0])
+
+
+def _impl(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "cuda":
+        from .cuda_impl import routed_ffn as kernels
+
+        return kernels.routed_ffn(x.contiguous(), gate.contiguous(), w13.contiguous(), w2.contiguous(), top_k)
+    tile_rows = configs.choose_tile_rows(x.shape[0] * top_k, gate.shape[0])
+    weights, _ids, probs, _balance, *plan = run_route(x, gate, top_k, tile_rows, 0.0, backend)
+    counts, offsets, row_to_slot, slot_to_row, *tiles = plan
+    maps = (offsets, row_to_slot, slot_to_row, tiles[0], tiles[1])
+    return run_forward(x, w13, w2, weights, *maps, tile_rows, False, backend)[0], probs, counts
+
+
+def _fake(x: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide = reference.accumulation_dtype(torch.promote_types(x.dtype, gate.dtype))
+    probs = x.new_empty(x.shape[0], gate.shape[0], dtype=wide)
+    return x.new_empty(x.shape), probs, x.new_empty(gate.shape[0], dtype=torch.int32)
+
+
+_routed_ffn = define_op(
+    "routed_ffn(Tensor x, Tensor gate, Tensor w13, Tensor w2, int top_k, str backend) -> (Tensor, Tensor, Tensor)",
+    _impl,
+    _fake,
+)

@@ -1,0 +1,144 @@
+"""routed_ffn: router and experts in one call, against a loop over experts in float64 and against its parts."""
+
+import pytest
+import torch
+from dit_moe_kernels import availability, expert_ffn, route, routed_ffn
+
+from dit_moe import MoEFeedForward
+from tests.kernels.test_route import make_inputs, naive_route
+from tests.kernels.util import BF16, FP16, Case, assert_2x, gpu_targets, naive_expert_ffn, randn, targets
+
+CASES = [
+    Case("random", 37, 4, 2, 72, 48),
+    Case("E1_K1", 35, 1, 1, 40, 104),
+    Case("K_equals_E", 9, 3, 3, 72, 48),
+    Case("T0", 0, 4, 2, 40, 48),
+    Case("T1", 1, 16, 8, 72, 48),
+]
+MODEL_CASES = [
+    Case("S_T256", 256, 8, 2, 384, 1536),
+    Case("S_T4096", 4096, 8, 2, 384, 1536),
+    Case("XL_T1000", 1000, 8, 2, 1152, 4608),
+    Case("G_T4096", 4096, 16, 2, 1408, 5632),
+]
+TARGETS = targets("triton", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _hopper(request):
+    """The CUDA products run on Hopper, in fp16 and bf16."""
+    target = getattr(request.node, "callspec", None) and request.node.callspec.params.get("target")
+    if target is None or target.backend != "cuda" or request.node.get_closest_marker("skip"):
+        return
+    if (reason := availability("cuda")) is not None:
+        pytest.skip(reason)
+    if torch.cuda.get_device_capability() != (9, 0) or target.dtype not in (BF16, FP16):
+        pytest.skip("the CUDA products run on Hopper, in fp16 and bf16")
+
+
+def layer_inputs(target, case: Case):
+    x, gate = make_inputs(target, case.tokens, case.num_experts, case.width)
+    w13 = randn(case.num_experts, 2 * case.hidden, case.width, target=target, scale=case.width**-0.5)
+    w2 = randn(case.num_experts, case.width, case.hidden, target=target, scale=case.hidden**-0.5)
+    return x, gate, w13, w2
+
+
+def check(target, case: Case) -> None:
+    inputs = layer_inputs(target, case)
+    x, gate, w13, w2 = inputs
+    with torch.no_grad():
+        out, probs, counts = routed_ffn(*inputs, case.top_k, backend=target.backend)
+        again = routed_ffn(*inputs, case.top_k, backend=target.backend)
+        routing = route(x, gate, case.top_k, backend=target.backend)
+        parts = expert_ffn(x, w13, w2, routing.topk_weights, routing.plan, backend=target.backend)
+    assert all(torch.equal(a, b) for a, b in zip((out, probs, counts), again, strict=True)), "two runs differ"
+    assert torch.equal(probs, routing.probs) and torch.equal(counts, routing.plan.tokens_per_expert)
+    assert torch.equal(out, parts)
+    ids = routing.topk_ids  # which tests/kernels/test_route.py tests
+    exact = naive_route(x.double(), gate.double(), case.top_k)[2]["probs"]
+    weights = exact.gather(1, ids.long())
+    plain = naive_expert_ffn(x, w13, w2, weights.to(routing.topk_weights), ids)
+    assert_2x("out", out, naive_expert_ffn(x.double(), w13.double(), w2.double(), weights, ids), plain)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_small_layers(target, case):
+    check(target, case)
+
+
+@pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+@pytest.mark.parametrize("target", gpu_targets("triton", "cuda", dtypes=[BF16, FP16]))
+def test_models(target, case):
+    check(target, case)
+
+
+@pytest.mark.parametrize("target", targets("triton", "cuda", dtypes=[FP16]))
+def test_gradients_take_the_parts(target):
+    case = CASES[0]
+    leaves = [tensor.requires_grad_() for tensor in layer_inputs(target, case)]
+    out, probs, counts = routed_ffn(*leaves, case.top_k, backend=target.backend)
+    with torch.no_grad():
+        plain = routed_ffn(*leaves, case.top_k, backend=target.backend)
+    assert torch.equal(out, plain[0]) and torch.equal(probs, plain[1]) and torch.equal(counts, plain[2])
+    grads = torch.autograd.grad(out.float().square().sum() + probs.square().sum(), leaves)
+    assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in grads)
+
+
+@pytest.mark.parametrize("target", gpu_targets("cuda", dtypes=[BF16]))
+def test_a_graph_follows_its_inputs(target):
+    torch.use_deterministic_algorithms(False)  # no filling of new memory in the way
+    case = MODEL_CASES[0]
+    x, *weights = layer_inputs(target, case)
+    other = layer_inputs(target, case)[0]
+    with torch.no_grad():
+        expected = routed_ffn(other, *weights, 2, backend="cuda")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = routed_ffn(x, *weights, 2, backend="cuda")
+    x.copy_(other)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_autocast_casts_what_the_experts_see():
+    x, gate, w13, w2 = (torch.randn(size) for size in [(6, 16), (4, 16), (4, 24, 16), (4, 16, 12)])
+    for tokens in (x, x.bfloat16()):
+        with torch.no_grad(), torch.autocast("cpu", dtype=BF16):
+            out, probs, _ = routed_ffn(tokens, gate, w13, w2, 2)
+        assert out.dtype == BF16 and torch.equal(probs, route(tokens, gate, 2).probs)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gate": torch.zeros(3, 16)}, r"gate: got shape \(3, 16\), expected \(4, 16\)"),
+        ({"w2": torch.zeros(4, 16, 13)}, r"w2: got shape"),
+        ({"w13": torch.zeros(4, 23, 16)}, r"w13: got shape"),
+        ({"top_k": 5}, "top_k: got 5"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    given = {"x": torch.zeros(6, 16), "gate": torch.zeros(4, 16), "w13": torch.zeros(4, 24, 16)}
+    given |= {"w2": torch.zeros(4, 16, 12), "top_k": 2}
+    with pytest.raises(ValueError, match=message):
+        routed_ffn(**(given | change))
+
+
+def test_the_layer_without_gradients_gives_the_same_and_tells_those_who_watch():
+    layer, x = MoEFeedForward(16, 24, 4), torch.randn(2, 5, 16)
+    expected = layer(x)
+    with torch.no_grad():
+        got = layer(x)
+        assert torch.equal(got.hidden, expected.hidden) and torch.equal(got.probs, expected.probs)
+        assert torch.equal(got.tokens_per_expert, expected.tokens_per_expert)
+        torch.testing.assert_close(got.balance_loss, expected.balance_loss)
+        seen = []
+        layer.gate.observer = seen.append
+        assert torch.equal(layer(x).hidden, got.hidden) and len(seen) == 1
+        layer.gate.observer = None
+        handle = layer.experts.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+        changed = layer(x).hidden
+        handle.remove()
+    assert (changed == 0).all() and torch.equal(layer(x).hidden, expected.hidden)
