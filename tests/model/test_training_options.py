@@ -138,6 +138,26 @@ def test_state_is_all_that_a_run_needs(options: dict[str, Any]) -> None:
     assert_equal(weights(whole), weights(again))
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dtype": "fp32"}, 16),
+        ({"dtype": "bf16"}, 16),
+        ({"dtype": "bf16-weights"}, 18),
+        ({"dtype": "bf16-weights", "ema_device": "cpu"}, 18),
+        ({"dtype": "bf16-weights", "moments": "bf16", "ema_dtype": "bf16"}, 12),
+        ({"dtype": "bf16-stochastic", "moments": "bf16"}, 10),
+        ({"dtype": "bf16-stochastic", "moments": "bf16", "ema_dtype": "bf16"}, 8),
+    ],
+)
+def test_bytes_of_a_parameter(options: dict[str, Any], expected: int) -> None:
+    """The table in docs/training.md, without the gradient: weights, masters, moments and averages."""
+    run = trainer(replace(SETTINGS, **options))
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in [*run.state().values(), *run.model.parameters()]}
+    other = run.model.pos_embed.nbytes + run.optimizer.updates.nbytes
+    assert (sum(held.values()) - other) / sum(p.numel() for p in run.parameters.values()) == expected
+
+
 # ---- micro-batches
 
 
