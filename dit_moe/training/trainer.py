@@ -180,11 +180,11 @@ class Trainer:
         """
         averages = self.averages.tensors
         state = {name: averages.get(name, tensor) for name, tensor in self.model.state_dict().items()}
-        if self.num_ranks > 1:
-            state = full_state_dict(state)
+        device = next(iter(averages.values())).device
+        if self.parallel.data_parallel != "none":  # also a single rank's weights may be spread, over itself
+            state, device = full_state_dict(state), torch.device("cpu")
             if self.rank:
                 return None
-        device = next(iter(averages.values())).device if self.num_ranks == 1 else torch.device("cpu")
         with torch.device("meta"):
             model = DiT(self.config)
         model.load_state_dict({name: tensor.detach().to(device).float() for name, tensor in state.items()}, assign=True)
