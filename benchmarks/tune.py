@@ -128,14 +128,14 @@ def _forward(problem: MoEProblem) -> Callable[[], tuple[Tensor, ...]]:
     """The fused op's forward, as training runs it: gather or copy, first product with SwiGLU, second, combine."""
     weights, plan = _route(problem)
     tensors = (problem.x.detach(), problem.w13.detach(), problem.w2.detach(), weights)
-    return lambda: torch.ops.dit_moe.expert_ffn(*tensors, *plan[1:7], True, "triton")
+    return lambda: torch.ops.dit_moe.expert_ffn(*tensors, None, *plan[1:7], True, "triton")
 
 
 def _backward(problem: MoEProblem) -> Callable[[], tuple[Tensor, ...]]:
     """The fused op's backward."""
     weights, plan = _route(problem)
     tensors = (problem.x.detach(), problem.w13.detach(), problem.w2.detach(), weights)
-    _, h = torch.ops.dit_moe.expert_ffn(*tensors, *plan[1:7], True, "triton")
+    _, h = torch.ops.dit_moe.expert_ffn(*tensors, None, *plan[1:7], True, "triton")
     return lambda: torch.ops.dit_moe.expert_ffn_backward(problem.dout, h, *tensors, *plan[1:7], "triton")
 
 

@@ -32,10 +32,11 @@ void permute(Address x, Address row_to_slot, Address slot_to_row, Address out, i
                                    pointer(out), num_tokens, width, top_k, dtype, stream_handle(stream)));
 }
 
-void unpermute(Address y, Address weights, Address slot_to_row, Address out, int64_t num_tokens, int64_t width,
-               int64_t top_k, DitMoeDtype dtype, Address stream) {
-  check("unpermute", dit_moe_unpermute(pointer(y), pointer<float>(weights), pointer<int32_t>(slot_to_row), pointer(out),
-                                       num_tokens, width, top_k, dtype, stream_handle(stream)));
+void unpermute(Address y, Address weights, Address addend, Address slot_to_row, Address out, int64_t num_tokens,
+               int64_t width, int64_t top_k, DitMoeDtype dtype, Address stream) {
+  check("unpermute",
+        dit_moe_unpermute(pointer(y), pointer<float>(weights), pointer(addend), pointer<int32_t>(slot_to_row),
+                          pointer(out), num_tokens, width, top_k, dtype, stream_handle(stream)));
 }
 
 void unpermute_backward(Address dout, Address y, Address weights, Address row_to_slot, Address dy, Address dweights,
@@ -138,13 +139,13 @@ void grouped_dswiglu(Address grad, Address w2, Address expert_offsets, Address h
                                 stream_handle(stream)));
 }
 
-void routed_ffn(Address x, Address gate, Address w13, Address w2, Address out, Address probs, Address tokens_per_expert,
-                Address workspace, int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts,
-                int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
+void routed_ffn(Address x, Address gate, Address w13, Address w2, Address addend, Address out, Address probs,
+                Address tokens_per_expert, Address workspace, int64_t num_tokens, int64_t depth, int64_t hidden,
+                int64_t num_experts, int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
   check("routed_ffn",
-        dit_moe_routed_ffn(pointer(x), pointer(gate), pointer(w13), pointer(w2), pointer(out), pointer<float>(probs),
-                           pointer<int32_t>(tokens_per_expert), pointer(workspace), num_tokens, depth, hidden,
-                           num_experts, top_k, dtype, gate_dtype, stream_handle(stream)));
+        dit_moe_routed_ffn(pointer(x), pointer(gate), pointer(w13), pointer(w2), pointer(addend), pointer(out),
+                           pointer<float>(probs), pointer<int32_t>(tokens_per_expert), pointer(workspace), num_tokens,
+                           depth, hidden, num_experts, top_k, dtype, gate_dtype, stream_handle(stream)));
 }
 
 int64_t routed_ffn_workspace(int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k) {
@@ -175,9 +176,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("permute", &permute, Unlocked(), py::arg("x"), py::arg("row_to_slot"), py::arg("slot_to_row"),
              py::arg("out"), py::arg("num_tokens"), py::arg("width"), py::arg("top_k"), py::arg("dtype"),
              py::arg("stream"));
-  module.def("unpermute", &unpermute, Unlocked(), py::arg("y"), py::arg("weights"), py::arg("slot_to_row"),
-             py::arg("out"), py::arg("num_tokens"), py::arg("width"), py::arg("top_k"), py::arg("dtype"),
-             py::arg("stream"));
+  module.def("unpermute", &unpermute, Unlocked(), py::arg("y"), py::arg("weights"), py::arg("addend"),
+             py::arg("slot_to_row"), py::arg("out"), py::arg("num_tokens"), py::arg("width"), py::arg("top_k"),
+             py::arg("dtype"), py::arg("stream"));
   module.def("unpermute_backward", &unpermute_backward, Unlocked(), py::arg("dout"), py::arg("y"), py::arg("weights"),
              py::arg("row_to_slot"), py::arg("dy"), py::arg("dweights"), py::arg("num_rows"), py::arg("width"),
              py::arg("top_k"), py::arg("dtype"), py::arg("stream"));
@@ -218,7 +219,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dots"), py::arg("num_rows"), py::arg("depth"), py::arg("width"), py::arg("num_experts"),
              py::arg("dtype"), py::arg("stream"));
   module.def("routed_ffn", &routed_ffn, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("w13"), py::arg("w2"),
-             py::arg("out"), py::arg("probs"), py::arg("tokens_per_expert"), py::arg("workspace"),
+             py::arg("addend"), py::arg("out"), py::arg("probs"), py::arg("tokens_per_expert"), py::arg("workspace"),
              py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"),
              py::arg("dtype"), py::arg("gate_dtype"), py::arg("stream"));
   module.def("routed_ffn_workspace", &routed_ffn_workspace, py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"),

@@ -7,12 +7,12 @@ namespace {
 constexpr int kBatch = 2;    // words of a row that a lane has in flight together ...
 constexpr int kChoices = 2;  // ... times rows of a token, in unpermute
 
-// y: (N, words), weights: (T, K) or null, slot_to_row: (T * K,), out: (T, words).
+// y: (N, words), weights: (T, K) or null, addend: (T, words) or null, slot_to_row: (T * K,), out: (T, words).
 template <typename L>
 __global__ void __launch_bounds__(kThreads)
     unpermute_kernel(const typename L::Word* __restrict__ y, const float* __restrict__ weights,
-                     const int32_t* __restrict__ slot_to_row, typename L::Word* __restrict__ out, int64_t num_tokens,
-                     unsigned words, unsigned top_k) {
+                     const typename L::Word* __restrict__ addend, const int32_t* __restrict__ slot_to_row,
+                     typename L::Word* __restrict__ out, int64_t num_tokens, unsigned words, unsigned top_k) {
   using Word = typename L::Word;
   const int64_t token = group_index();
   if (token >= num_tokens) return;
@@ -21,6 +21,11 @@ __global__ void __launch_bounds__(kThreads)
   const unsigned lanes = blockDim.x;
   walk_row<kBatch>(words, [&](auto count, unsigned column) {
     float sum[count.value][L::kPack] = {};
+    Word start[count.value];
+    if (addend != nullptr) {
+#pragma unroll
+      for (int c = 0; c < count.value; ++c) start[c] = load_once(addend + token * words + column + c * lanes);
+    }
     for (unsigned k = 0; k < top_k; k += kChoices) {
       int32_t row[kChoices];
       float weight[kChoices];
@@ -48,6 +53,15 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int i = 0; i < L::kPack; ++i) sum[c][i] += weight[j] * value[i];
         }
+      }
+    }
+    if (addend != nullptr) {  // last, so that its load has the whole loop to come
+#pragma unroll
+      for (int c = 0; c < count.value; ++c) {
+        float value[L::kPack];
+        unpack<L>(start[c], value);
+#pragma unroll
+        for (int i = 0; i < L::kPack; ++i) sum[c][i] += value[i];
       }
     }
 #pragma unroll
@@ -103,20 +117,20 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 }  // namespace dit_moe
 
-extern "C" cudaError_t dit_moe_unpermute(const void* y, const float* weights, const int32_t* slot_to_row, void* out,
-                                         int64_t num_tokens, int64_t width, int64_t top_k, DitMoeDtype dtype,
-                                         cudaStream_t stream) {
+extern "C" cudaError_t dit_moe_unpermute(const void* y, const float* weights, const void* addend,
+                                         const int32_t* slot_to_row, void* out, int64_t num_tokens, int64_t width,
+                                         int64_t top_k, DitMoeDtype dtype, cudaStream_t stream) {
   using namespace dit_moe;
   if (!valid_sizes(num_tokens, width, top_k) || !fits_in_31_bits(num_tokens * top_k)) return cudaErrorInvalidValue;
-  return with_layout(dtype, width, {y, out}, [&](auto layout) {
+  return with_layout(dtype, width, {y, addend, out}, [&](auto layout) {
     using L = decltype(layout);
     using Word = typename L::Word;
     const int64_t words = width / L::kPack;
     if (num_tokens == 0 || words == 0) return cudaSuccess;
     const auto [blocks, threads] = geometry(num_tokens, words);
-    unpermute_kernel<L><<<blocks, threads, 0, stream>>>(static_cast<const Word*>(y), weights, slot_to_row,
-                                                        static_cast<Word*>(out), num_tokens,
-                                                        static_cast<unsigned>(words), static_cast<unsigned>(top_k));
+    unpermute_kernel<L><<<blocks, threads, 0, stream>>>(
+        static_cast<const Word*>(y), weights, static_cast<const Word*>(addend), slot_to_row, static_cast<Word*>(out),
+        num_tokens, static_cast<unsigned>(words), static_cast<unsigned>(top_k));
     return cudaGetLastError();
   });
 }

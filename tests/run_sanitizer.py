@@ -46,7 +46,7 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
     h = grouped_gemm(permute(x, plan, backend=permute_backend), w13, plan, backend="triton")
     y = grouped_gemm(swiglu(h, backend="triton"), w2, plan, backend="triton")
     unfused = unpermute(y, plan, weights, backend=permute_backend)
-    summed = unpermute(y, plan, backend=permute_backend)
+    summed = unpermute(y, plan, addend=x, backend=permute_backend)
     (fused.float().sum() + unfused.float().sum() + summed.float().sum() + probs.square().sum()).backward()
     if permute_backend == "cuda" and dtype != torch.float32 and width % 8 == hidden % 8 == 0:
         with torch.no_grad():  # the CUDA products, on Hopper

@@ -27,11 +27,13 @@ enum { DIT_MOE_FLOAT32 = 0, DIT_MOE_FLOAT16 = 1, DIT_MOE_BFLOAT16 = 2 };
 cudaError_t dit_moe_permute(const void* x, const int32_t* row_to_slot, const int32_t* slot_to_row, void* out,
                             int64_t num_tokens, int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
 
-// Combine: out[t] = sum over k of weights[t, k] * y[slot_to_row[t * top_k + k]], in fp32, in the order of k.
-// A slot whose row is -1 adds nothing, whatever its weight. weights may be NULL, which means ones.
-//   y (N, D) dtype, weights (T, K) fp32, slot_to_row (N,) int32 -> out (T, D) dtype
-cudaError_t dit_moe_unpermute(const void* y, const float* weights, const int32_t* slot_to_row, void* out,
-                              int64_t num_tokens, int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
+// Combine: out[t] = sum over k of weights[t, k] * y[slot_to_row[t * top_k + k]], in fp32, in the order of k, +
+// addend[t] before the one rounding to dtype. A slot whose row is -1 adds nothing, whatever its weight. weights may be
+// NULL, which means ones, and addend, which means zeros.
+//   y (N, D) dtype, weights (T, K) fp32, addend (T, D) dtype, slot_to_row (N,) int32 -> out (T, D) dtype
+cudaError_t dit_moe_unpermute(const void* y, const float* weights, const void* addend, const int32_t* slot_to_row,
+                              void* out, int64_t num_tokens, int64_t width, int64_t top_k, DitMoeDtype dtype,
+                              cudaStream_t stream);
 
 // Gradients of the weighted combine: dy[row] = weights[slot] * dout[slot / top_k] and
 // dweights[slot] = dot(dout[slot / top_k], y[row]) in fp32, where slot = row_to_slot[row].
@@ -138,14 +140,14 @@ cudaError_t dit_moe_grouped_gemm_dw(const void* grad, const void* x, const int32
                                     int32_t accumulate, DitMoeDtype dw_dtype, DitMoeDtype dtype, cudaStream_t stream);
 
 // The routed layer where no gradient follows: dit_moe_route, dit_moe_permute, dit_moe_grouped_swiglu,
-// dit_moe_grouped_gemm and dit_moe_unpermute, under the conditions of each.
-//   x (T, D) dtype, gate (E, D) gate_dtype, w13 (E, 2F, D) dtype, w2 (E, D, F) dtype, workspace as many bytes as
-//   dit_moe_routed_ffn_workspace says (-1 for sizes out of range), at a multiple of 256
+// dit_moe_grouped_gemm and dit_moe_unpermute, under the conditions of each. addend may be NULL.
+//   x (T, D) dtype, gate (E, D) gate_dtype, w13 (E, 2F, D) dtype, w2 (E, D, F) dtype, addend (T, D) dtype, workspace
+//   as many bytes as dit_moe_routed_ffn_workspace says (-1 for sizes out of range), at a multiple of 256
 //   -> out (T, D) dtype, probs (T, E) fp32, tokens_per_expert (E,) int32; depth is D, hidden F
 int64_t dit_moe_routed_ffn_workspace(int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts,
                                      int64_t top_k);
-cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2, void* out,
-                               float* probs, int32_t* tokens_per_expert, void* workspace, int64_t num_tokens,
+cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2, const void* addend,
+                               void* out, float* probs, int32_t* tokens_per_expert, void* workspace, int64_t num_tokens,
                                int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
                                DitMoeDtype gate_dtype, cudaStream_t stream);
 

@@ -79,10 +79,11 @@ extern "C" int64_t dit_moe_routed_ffn_workspace(int64_t num_tokens, int64_t dept
   return cut(nullptr, num_tokens, depth, hidden, num_experts, top_k).bytes;
 }
 
-extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2, void* out,
-                                          float* probs, int32_t* tokens_per_expert, void* workspace, int64_t num_tokens,
-                                          int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k,
-                                          DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream) {
+extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2,
+                                          const void* addend, void* out, float* probs, int32_t* tokens_per_expert,
+                                          void* workspace, int64_t num_tokens, int64_t depth, int64_t hidden,
+                                          int64_t num_experts, int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype,
+                                          cudaStream_t stream) {
   using namespace dit_moe::sm90;
   if (!valid_sizes(num_tokens, depth, hidden, num_experts, top_k)) return cudaErrorInvalidValue;
   Workspace w = cut(workspace, num_tokens, depth, hidden, num_experts, top_k);
@@ -99,5 +100,5 @@ extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const
   if (error != cudaSuccess) return error;
   error = dit_moe_grouped_gemm(w.activation, w2, offsets, w.rows, rows, hidden, depth, num_experts, dtype, stream);
   if (error != cudaSuccess) return error;
-  return dit_moe_unpermute(w.rows, w.weights, w.plan.slot_to_row, out, num_tokens, depth, top_k, dtype, stream);
+  return dit_moe_unpermute(w.rows, w.weights, addend, w.plan.slot_to_row, out, num_tokens, depth, top_k, dtype, stream);
 }

@@ -56,8 +56,8 @@ class GroupedExperts(nn.Module):
 
         `beside` computes what is to be added, the shared expert; experts that wait for other ranks do so meanwhile.
         """
-        out_TD = expert_ffn(x_TD, self.w13, self.w2, topk_weights_TK, plan, backend=self.backend)
-        return out_TD if beside is None else out_TD + beside()
+        addend_TD = None if beside is None else beside()
+        return expert_ffn(x_TD, self.w13, self.w2, topk_weights_TK, plan, addend=addend_TD, backend=self.backend)
 
     def extra_repr(self) -> str:
         num_experts, hidden_size, expert_hidden_size = self.w2.shape

@@ -42,6 +42,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
+        if x_TD.device != self.w13.device:
+            raise ValueError(f"x: got device {x_TD.device}, expected {self.w13.device} as the weights have")
+        if x_TD.dtype != self.w13.dtype and not torch.is_autocast_enabled(x_TD.device.type):
+            raise TypeError(f"x: got dtype {x_TD.dtype}, expected {self.w13.dtype} as the weights have")
         return F.linear(swiglu(F.linear(x_TD, self.w13), backend=self.backend), self.w2)
 
     def extra_repr(self) -> str:

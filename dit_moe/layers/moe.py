@@ -132,11 +132,10 @@ class MoEFeedForward(nn.Module):
         x_TD = self._tokens("x", x)
         if router_x is None and self._plain():
             gate, experts = self.gate, self.experts
+            addend_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
             hidden_TD, probs_TE, tokens_per_expert_E = routed_ffn(
-                x_TD, gate.weight, experts.w13, experts.w2, gate.top_k, backend=gate.backend
+                x_TD, gate.weight, experts.w13, experts.w2, gate.top_k, addend=addend_TD, backend=gate.backend
             )
-            if self.shared_experts is not None:
-                hidden_TD = hidden_TD + self.shared_experts(x_TD)
             hidden = hidden_TD.view(x.shape)
             return MoEOutput(hidden, tokens_per_expert_E, probs_TE, gate.top_k, self.balance_alpha)
         router_x_TD = x_TD if router_x is None else self._tokens("router_x", router_x, like=x)

@@ -68,8 +68,7 @@ class ShardedExperts(GroupedExperts):
         other_TD = None if beside is None else beside()
         y_MD = self._ffn(there.arrive(token), received_PE, dtype)
         y_ND = back.arrive(back.depart(y_MD))
-        out_TD = unpermute(y_ND, plan, topk_weights_TK, backend=self.backend)
-        return out_TD if other_TD is None else out_TD + other_TD
+        return unpermute(y_ND, plan, topk_weights_TK, addend=other_TD, backend=self.backend)
 
     def _exchange_counts(self, tokens_per_expert_E: Tensor) -> Tensor:
         """How many rows each rank (P) sends to each of this rank's experts (E / P): (P, E / P) int32."""

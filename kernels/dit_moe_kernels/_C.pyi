@@ -21,7 +21,16 @@ def permute(
     stream: int,
 ) -> None: ...
 def unpermute(
-    y: int, weights: int, slot_to_row: int, out: int, num_tokens: int, width: int, top_k: int, dtype: int, stream: int
+    y: int,
+    weights: int,
+    addend: int,
+    slot_to_row: int,
+    out: int,
+    num_tokens: int,
+    width: int,
+    top_k: int,
+    dtype: int,
+    stream: int,
 ) -> None: ...
 def unpermute_backward(
     dout: int,
@@ -178,6 +187,7 @@ def routed_ffn(
     gate: int,
     w13: int,
     w2: int,
+    addend: int,
     out: int,
     probs: int,
     tokens_per_expert: int,

@@ -18,11 +18,18 @@ from .routing import RoutingPlan
 
 
 def expert_ffn(
-    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, plan: RoutingPlan, *, backend: str = "auto"
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    plan: RoutingPlan,
+    *,
+    addend: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Send each token through its experts' SwiGLU networks and sum the weighted results (paper section 2.2).
 
-    out[t] = sum_k topk_weights[t, k] * w2[e] @ swiglu(w13[e] @ x[t]) with e = topk_ids[t, k].
+    out[t] = sum_k topk_weights[t, k] * w2[e] @ swiglu(w13[e] @ x[t]) + addend[t] with e = topk_ids[t, k].
 
     Args:
         x: (T, D) float, tokens.
@@ -30,6 +37,8 @@ def expert_ffn(
         w2: (E, D, F) float.
         topk_weights: (T, K) fp32 (fp64 where x is).
         plan: routing of these T tokens to these E experts.
+        addend: (T, D) float in x's dtype, added to the sum in fp32 before its one rounding, such as the output of a
+            shared expert; None adds nothing.
         backend: "auto", "cuda" (Hopper), "triton" or "reference".
 
     Returns:
@@ -43,10 +52,14 @@ def expert_ffn(
         raise ValueError(f"x: got {x.shape[0]} tokens, expected the plan's {plan.num_rows // plan.top_k}")
     dtype = checks.autocast_dtype(x)
     check_topk_weights(topk_weights, x, plan)
+    if addend is not None:
+        check_addend(addend, x)
+        addend = addend.to(dtype)
     save_h = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w13, w2, topk_weights))
     fits = backends.whole_chunks(dtype, x.shape[1], w2.shape[2])
     name = backends.resolve(backend, "expert_ffn", x.device, dtype, whole_chunks=fits)
-    return _expert_ffn(x.to(dtype), w13.to(dtype), w2.to(dtype), topk_weights, *plan[1:7], save_h, name)[0]
+    weights = w13.to(dtype), w2.to(dtype), topk_weights
+    return _expert_ffn(x.to(dtype), *weights, addend, *plan[1:7], save_h, name)[0]
 
 
 def check_expert_weights(w13: Tensor, w2: Tensor, x: Tensor) -> None:
@@ -61,6 +74,13 @@ def check_expert_weights(w13: Tensor, w2: Tensor, x: Tensor) -> None:
     checks.check_shape("w2", w2, (num_experts, hidden_size, double_width // 2))
 
 
+def check_addend(addend: Tensor, x: Tensor) -> None:
+    """x's shape and device and, after autocast, its dtype."""
+    checks.check_float("addend", addend, 2)
+    checks.check_shape("addend", addend, tuple(x.shape))
+    checks.check_same_product_dtype("addend", addend, "x", x)
+
+
 # The plan's tensors as the ops take them, in RoutingPlan's order from expert_offsets to tile_rows.
 _PLAN_SCHEMA = (
     "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor tile_expert, Tensor tile_row, int tile_rows"
@@ -72,6 +92,7 @@ def run_forward(
     w13: Tensor,
     w2: Tensor,
     topk_weights: Tensor,
+    addend: Tensor | None,
     expert_offsets: Tensor,
     row_to_slot: Tensor,
     slot_to_row: Tensor,
@@ -83,17 +104,18 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """The op's implementation: out, and h, which has no rows unless save_h."""
     x, w13, w2, topk_weights = (t.contiguous() for t in (x, w13, w2, topk_weights))
+    addend = None if addend is None else addend.contiguous()
+    maps = expert_offsets, row_to_slot, slot_to_row
     if backend == "cuda":
         from .cuda_impl import expert_ffn as cuda_kernels
 
-        return cuda_kernels.expert_ffn(x, w13, w2, topk_weights, expert_offsets, row_to_slot, slot_to_row, save_h)
+        return cuda_kernels.expert_ffn(x, w13, w2, topk_weights, *maps, save_h, addend)
     if backend == "triton":
         from .triton_impl import expert_ffn as kernels
 
-        return kernels.expert_ffn(
-            x, w13, w2, topk_weights, expert_offsets, row_to_slot, slot_to_row, tile_expert, tile_row, tile_rows, save_h
-        )
-    y, h = reference.expert_ffn(x, w13, w2, topk_weights, expert_offsets, row_to_slot, slot_to_row)
+        tiles = tile_expert, tile_row, tile_rows
+        return kernels.expert_ffn(x, w13, w2, topk_weights, *maps, *tiles, save_h, addend)
+    y, h = reference.expert_ffn(x, w13, w2, topk_weights, *maps, addend)
     return y, h if save_h else h.new_empty(0, h.shape[1])
 
 
@@ -104,24 +126,26 @@ def _forward_fake(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, *res
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.tile_rows, _save_h, ctx.backend = inputs
+    x, w13, w2, topk_weights, _addend, *plan, ctx.tile_rows, _save_h, ctx.backend = inputs
     h = output[1]
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, h)
+    ctx.save_for_backward(x, w13, w2, topk_weights, *plan, h)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _dh: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
-    *inputs, h = ctx.saved_tensors
-    grads = _expert_ffn_backward(grad, h, *inputs, ctx.tile_rows, ctx.backend)
-    return (*grads, *(None,) * 8)
+        return (None,) * 13
+    grads: tuple[Tensor | None, ...] = (None,) * 4
+    if any(ctx.needs_input_grad[:4]):  # else only the addend has a gradient, and h was not kept
+        *inputs, h = ctx.saved_tensors
+        grads = _expert_ffn_backward(grad, h, *inputs, ctx.tile_rows, ctx.backend)
+    return (*grads, grad if ctx.needs_input_grad[4] else None, *(None,) * 8)
 
 
 _expert_ffn = define_op(
-    f"expert_ffn(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, {_PLAN_SCHEMA}, bool save_h, str backend)"
-    " -> (Tensor, Tensor)",
+    f"expert_ffn(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor? addend, {_PLAN_SCHEMA}, bool save_h,"
+    " str backend) -> (Tensor, Tensor)",
     run_forward,
     _forward_fake,
     setup_context=_setup,

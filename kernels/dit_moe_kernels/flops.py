@@ -49,7 +49,9 @@ def _expert_ffn_backward(
     return 2 * _expert_ffn(x, w13, w2, topk_weights)
 
 
-def _routed_ffn(x: Shape, gate: Shape, w13: Shape, w2: Shape, top_k: int, *_: Any, **__: Any) -> int:
+def _routed_ffn(
+    x: Shape, gate: Shape, w13: Shape, w2: Shape, addend: Shape | None, top_k: int, *_: Any, **__: Any
+) -> int:
     return _product(x, gate) + _expert_ffn(x, w13, w2, (x[0], top_k))
 
 

@@ -30,13 +30,21 @@ def permute(x: Tensor, plan: RoutingPlan, *, backend: str = "auto") -> Tensor:
     return _permute(x, plan.row_to_slot, plan.slot_to_row, plan.top_k, name)
 
 
-def unpermute(y: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Sum each token's K rows (combine): out[t] = sum_k topk_weights[t, k] * y[slot_to_row[t * K + k]].
+def unpermute(
+    y: Tensor,
+    plan: RoutingPlan,
+    topk_weights: Tensor | None = None,
+    *,
+    addend: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum each token's K rows (combine): out[t] = sum_k topk_weights[t, k] * y[slot_to_row[t * K + k]] + addend[t].
 
     Args:
         y: (N, D) float, rows sorted by expert.
         plan: the routing that ordered the rows.
         topk_weights: (T, K) fp32 (fp64 where y is), or None for weights of one.
+        addend: (T, D) in y's dtype, added to the sum in fp32 before its one rounding; None adds nothing.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
@@ -45,11 +53,15 @@ def unpermute(y: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None, 
     checks.check_float("y", y, 2)
     checks.check_same_device("plan", plan.row_to_slot, "y", y)
     checks.check_shape("y", y, (plan.num_rows, y.shape[1]))
+    if addend is not None:
+        checks.check_float("addend", addend, 2)
+        checks.check_shape("addend", addend, (plan.num_rows // plan.top_k, y.shape[1]))
+        checks.check_like("addend", addend, "y", y)
     name = backends.resolve(backend, "permute", y.device.type, y.dtype)
     if topk_weights is None:
-        return _unpermute(y, plan.row_to_slot, plan.slot_to_row, plan.top_k, name)
+        return _unpermute(y, addend, plan.row_to_slot, plan.slot_to_row, plan.top_k, name)
     check_topk_weights(topk_weights, y, plan)
-    return _unpermute_weighted(y, topk_weights, plan.row_to_slot, plan.slot_to_row, name)
+    return _unpermute_weighted(y, topk_weights, addend, plan.row_to_slot, plan.slot_to_row, name)
 
 
 def check_topk_weights(topk_weights: Tensor, like: Tensor, plan: RoutingPlan) -> None:
@@ -98,7 +110,7 @@ def _save_maps(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _unpermute(grad, *ctx.saved_tensors, ctx.top_k, ctx.backend), None, None, None, None
+    return _unpermute(grad, None, *ctx.saved_tensors, ctx.top_k, ctx.backend), None, None, None, None
 
 
 _permute = define_op(
@@ -112,55 +124,72 @@ _permute = define_op(
 # ---- unpermute without weights
 
 
-def _unpermute_impl(y: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
+def _unpermute_impl(
+    y: Tensor, addend: Tensor | None, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str
+) -> Tensor:
     if backend == "reference":
-        return reference.unpermute(y, None, slot_to_row, top_k)
-    return _implementation(backend).unpermute(y.contiguous(), None, slot_to_row, top_k)
+        return reference.unpermute(y, None, slot_to_row, top_k, addend)
+    return _implementation(backend).unpermute(y.contiguous(), None, slot_to_row, top_k, _contiguous(addend))
 
 
-def _unpermute_fake(y: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _unpermute_fake(y: Tensor, addend: Any, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, _: str) -> Tensor:
     return y.new_empty(slot_to_row.shape[0] // top_k, y.shape[1])
 
 
+def _unpermute_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    y, _addend, *rest = inputs
+    _save_maps(ctx, (y, *rest), output)
+
+
 def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _permute(grad, *ctx.saved_tensors, ctx.top_k, ctx.backend), None, None, None, None
+    dy = _permute(grad, *ctx.saved_tensors, ctx.top_k, ctx.backend) if ctx.needs_input_grad[0] else None
+    return dy, grad if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 _unpermute = define_op(
-    "unpermute(Tensor y, Tensor row_to_slot, Tensor slot_to_row, int top_k, str backend) -> Tensor",
+    "unpermute(Tensor y, Tensor? addend, Tensor row_to_slot, Tensor slot_to_row, int top_k, str backend) -> Tensor",
     _unpermute_impl,
     _unpermute_fake,
-    setup_context=_save_maps,
+    setup_context=_unpermute_setup,
     backward=_unpermute_backward,
 )
 
 # ---- unpermute with weights
 
 
-def _weighted_impl(y: Tensor, topk_weights: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, backend: str) -> Tensor:
+def _weighted_impl(
+    y: Tensor, topk_weights: Tensor, addend: Tensor | None, row_to_slot: Tensor, slot_to_row: Tensor, backend: str
+) -> Tensor:
     top_k = topk_weights.shape[1]
     if backend == "reference":
-        return reference.unpermute(y, topk_weights, slot_to_row, top_k)
-    return _implementation(backend).unpermute(y.contiguous(), topk_weights.contiguous(), slot_to_row, top_k)
+        return reference.unpermute(y, topk_weights, slot_to_row, top_k, addend)
+    y, topk_weights, addend = y.contiguous(), topk_weights.contiguous(), _contiguous(addend)
+    return _implementation(backend).unpermute(y, topk_weights, slot_to_row, top_k, addend)
 
 
-def _weighted_fake(y: Tensor, topk_weights: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, backend: str) -> Tensor:
+def _weighted_fake(y: Tensor, topk_weights: Tensor, *_: Any) -> Tensor:
     return y.new_empty(topk_weights.shape[0], y.shape[1])
 
 
 def _weighted_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    y, topk_weights, _addend, row_to_slot, _slot_to_row, ctx.backend = inputs
+    ctx.save_for_backward(y, topk_weights, row_to_slot)
 
 
 def _weighted_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    y, topk_weights, row_to_slot, _ = ctx.saved_tensors
-    dy, dweights = _unpermute_weighted_backward(grad, y, topk_weights, row_to_slot, ctx.backend)
-    return dy, dweights, None, None, None
+    grads: tuple[Tensor | None, ...] = (None, None)
+    if any(ctx.needs_input_grad[:2]):
+        grads = _unpermute_weighted_backward(grad, *ctx.saved_tensors, ctx.backend)
+    return *grads, grad if ctx.needs_input_grad[2] else None, None, None, None
 
 
 _unpermute_weighted = define_op(
-    "unpermute_weighted(Tensor y, Tensor topk_weights, Tensor row_to_slot, Tensor slot_to_row, str backend) -> Tensor",
+    "unpermute_weighted(Tensor y, Tensor topk_weights, Tensor? addend, Tensor row_to_slot, Tensor slot_to_row, "
+    "str backend) -> Tensor",
     _weighted_impl,
     _weighted_fake,
     setup_context=_weighted_setup,

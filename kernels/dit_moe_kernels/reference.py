@@ -103,8 +103,13 @@ def permute(x_TD: Tensor, row_to_slot_N: Tensor, top_k: int) -> Tensor:
     return x_TD[token_N].masked_fill((row_to_slot_N < 0)[:, None], 0)
 
 
-def unpermute(y_ND: Tensor, topk_weights_TK: Tensor | None, slot_to_row_N: Tensor, top_k: int) -> Tensor:
-    """Sum each token's rows over its K slots, weighted if weights are given: y_ND -> y_TD; unrouted slots add zero."""
+def unpermute(
+    y_ND: Tensor, topk_weights_TK: Tensor | None, slot_to_row_N: Tensor, top_k: int, addend_TD: Tensor | None = None
+) -> Tensor:
+    """Sum each token's rows over its K slots, weighted if weights are given: y_ND -> y_TD; unrouted slots add zero.
+
+    The addend is added to the sum before the rounding to y's dtype.
+    """
     wide = accumulation_dtype(y_ND.dtype)
     rows_TK = slot_to_row_N.view(-1, top_k)
     y_TKD = y_ND.new_zeros(rows_TK.shape[0], top_k, y_ND.shape[1], dtype=wide)
@@ -113,7 +118,10 @@ def unpermute(y_ND: Tensor, topk_weights_TK: Tensor | None, slot_to_row_N: Tenso
     if topk_weights_TK is not None:
         y_TKD = y_TKD * topk_weights_TK.to(wide)[:, :, None]
     # where, not a product: an unrouted slot's clamped row may hold anything
-    return torch.where((rows_TK >= 0)[:, :, None], y_TKD, 0).sum(1).to(y_ND.dtype)
+    total_TD = torch.where((rows_TK >= 0)[:, :, None], y_TKD, 0).sum(1)
+    if addend_TD is not None:
+        total_TD = total_TD + addend_TD.to(wide)
+    return total_TD.to(y_ND.dtype)
 
 
 def unpermute_backward(
@@ -179,12 +187,13 @@ def expert_ffn(
     expert_offsets: Tensor,
     row_to_slot_N: Tensor,
     slot_to_row_N: Tensor,
+    addend_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """permute, w13, SwiGLU, w2, weighted unpermute; also returns the pre-activations h_N2F."""
     top_k = topk_weights_TK.shape[1]
     h_N2F = grouped_gemm(permute(x_TD, row_to_slot_N, top_k), w13_E2FD, expert_offsets)
     y_ND = grouped_gemm(swiglu(h_N2F), w2_EDF, expert_offsets)
-    return unpermute(y_ND, topk_weights_TK, slot_to_row_N, top_k), h_N2F
+    return unpermute(y_ND, topk_weights_TK, slot_to_row_N, top_k, addend_TD), h_N2F
 
 
 def expert_ffn_backward(

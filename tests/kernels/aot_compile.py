@@ -121,7 +121,8 @@ def launch_everything(dtype: torch.dtype) -> None:
         for step_patch in (None, by_step):
             counting.count_routing(ids, ids[0], by_image, by_step, by_patch, step_patch, 1, 5, 0, 1)
         permute.permute(x, plan.row_to_slot, 2)
-        permute.unpermute(y, weights, plan.slot_to_row, 2)
+        for addend in (None, x):
+            permute.unpermute(y, weights, plan.slot_to_row, 2, addend)
         permute.unpermute_backward(x, y, weights, plan.row_to_slot)
         swiglu.swiglu(h)
         swiglu.swiglu_backward(a, h)

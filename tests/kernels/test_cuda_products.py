@@ -117,8 +117,8 @@ def test_kept_pre_activations(target, case):
     """The op also returns h when a backward will come; the output has the same bits."""
     ids, plan = make_plan(case, target.device)
     inputs, used = make_inputs(target, case), int((ids >= 0).sum())
-    out, h = torch.ops.dit_moe.expert_ffn(*inputs, *plan[1:7], True, "cuda")
-    without, nothing = torch.ops.dit_moe.expert_ffn(*inputs, *plan[1:7], False, "cuda")
+    out, h = torch.ops.dit_moe.expert_ffn(*inputs, None, *plan[1:7], True, "cuda")
+    without, nothing = torch.ops.dit_moe.expert_ffn(*inputs, None, *plan[1:7], False, "cuda")
     assert torch.equal(out, without) and nothing.shape == (0, 2 * case.hidden)
     rows = inputs[0][plan.row_to_token[:used].long()]
     exact = naive_grouped_gemm(rows.double(), inputs[1].double(), ids)

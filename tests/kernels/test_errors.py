@@ -70,6 +70,12 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: unpermute(x(T * K, D), plan(), x(T, K, dtype=FP16)), TypeError, "topk_weights.*float16.*float32"),
     "unpermute: weights' device": (
         lambda: unpermute(x(T * K, D), plan(), x(T, K, device="meta")), ValueError, "topk_weights.*meta.*cpu"),
+    "unpermute: addend's shape": (
+        lambda: unpermute(x(T * K, D), plan(), addend=x(T * K, D)), ValueError, r"addend.*\(12, 8\).*\(6, 8\)"),
+    "unpermute: addend's dtype": (
+        lambda: unpermute(x(T * K, D), plan(), addend=x(T, D, dtype=FP16)), TypeError, "addend.*float16.*float32"),
+    "unpermute: addend's device": (
+        lambda: unpermute(x(T * K, D), plan(), addend=x(T, D, device="meta")), ValueError, "addend.*meta.*cpu"),
     # grouped GEMM
     "gemm: widths differ": (
         lambda: grouped_gemm(x(T * K, D + 1), x(E, F, D), plan()), ValueError, r"x.*\(12, 9\).*\(12, 8\)"),
@@ -101,6 +107,8 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "ffn: weights' dtype": (
         lambda: ffn(topk_weights=x(T, K, dtype=FP64)), TypeError, "topk_weights.*float64.*float32"),
     "ffn: device of w13": (lambda: ffn(w13=x(E, 2 * F, D, device="meta")), ValueError, "w13.*meta.*cpu"),
+    "ffn: addend's shape": (lambda: ffn(addend=x(T, D + 1)), ValueError, r"addend.*\(6, 9\).*\(6, 8\)"),
+    "ffn: addend's dtype": (lambda: ffn(addend=x(T, D, dtype=BF16)), TypeError, "addend.*bfloat16.*float32"),
     "ffn: device of x": (lambda: ffn(x=x(T, D, device="meta")), ValueError, "meta"),
 }  # fmt: skip
 

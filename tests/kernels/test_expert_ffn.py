@@ -63,6 +63,41 @@ def test_expert_ffn(target, case):
     check_expert_ffn(target, case)
 
 
+def check_addend(target, case) -> None:
+    """With an addend, all gradients to the 2x rule; it is added before the rounding."""
+    ids, plan = make_plan(case, target.device)
+    check_against(
+        lambda *tensors: naive_expert_ffn(*tensors[:4], ids) + tensors[4],
+        lambda *tensors: expert_ffn(*tensors[:4], plan, addend=tensors[4], backend=target.backend),
+        [*NAMES, "addend"],
+        [*make_inputs(target, case), randn(case.tokens, case.width, target=target)],
+        randn(case.tokens, case.width, target=target),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("target", targets("triton"))
+def test_addend(target, case):
+    check_addend(target, case)
+
+
+@pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+@pytest.mark.parametrize("target", gpu_targets("cuda", "triton", dtypes=[BF16]))
+def test_addend_at_model_shapes(target, case):
+    check_addend(target, case)
+
+
+@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
+def test_gradient_of_the_addend_alone(target):
+    """Frozen experts and router: the output's gradient comes through, though no pre-activations were kept."""
+    case = CASES[0]
+    _, plan = make_plan(case, target.device)
+    inputs, grad = make_inputs(target, case), randn(case.tokens, case.width, target=target)
+    addend = randn(case.tokens, case.width, target=target).requires_grad_()
+    out = expert_ffn(*inputs, plan, addend=addend, backend=target.backend)
+    assert torch.equal(torch.autograd.grad(out, addend, grad)[0], grad)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a Hopper GPU takes these branches by itself")
 @pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
 def test_hopper_branches(case, as_on_hopper):
@@ -148,11 +183,15 @@ def test_autocast_decides_the_dtype(target):
     case = Case("", 20, 3, 2, 40, 48)
     _, plan = make_plan(case, target.device)
     inputs, grad = make_inputs(target, case), randn(case.tokens, case.width, target=target)
-    function = lambda *tensors: expert_ffn(*tensors, plan, backend=target.backend)  # noqa: E731
+    addend = randn(case.tokens, case.width, target=target)
+
+    def function(*tensors):
+        return expert_ffn(*tensors[:4], plan, addend=tensors[4], backend=target.backend)
+
     with torch.autocast(target.device, dtype=low):
-        got = evaluate(function, inputs, grad)
-    expected = evaluate(function, [*(tensor.to(low) for tensor in inputs[:3]), inputs[3]], grad)
-    assert [tensor.dtype for tensor in got] == [low, FP32, FP32, FP32, FP32]
+        got = evaluate(function, [*inputs, addend], grad)
+    expected = evaluate(function, [*(tensor.to(low) for tensor in inputs[:3]), inputs[3], addend.to(low)], grad)
+    assert [tensor.dtype for tensor in got] == [low, *[FP32] * 5]
     assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(got, expected, strict=True))
 
 
@@ -166,3 +205,10 @@ def test_gradcheck():
         for tensor in (torch.randn(5, 4), torch.randn(3, 6, 4), torch.randn(3, 4, 3), make_weights(case, FP64, "cpu"))
     ]
     assert torch.autograd.gradcheck(lambda *tensors: expert_ffn(*tensors, plan, backend="reference"), leaves)
+    leaves.append(torch.randn(5, 4, dtype=FP64, requires_grad=True))
+
+    def with_addend(*tensors):
+        *others, addend = tensors
+        return expert_ffn(*others, plan, addend=addend, backend="reference")
+
+    assert torch.autograd.gradcheck(with_addend, leaves)

@@ -52,13 +52,15 @@ def op_samples(target) -> dict[str, tuple]:
             1, 5, 0, 1, name,
         ),
         "route": (rand(t, d, grad=True), rand(e, d, grad=True), k, 16, 0.1, name),
-        "routed_ffn": (rand(t, d), rand(e, d), rand(e, 2 * f, d), rand(e, d, f), k, name),
+        "routed_ffn": (rand(t, d), rand(e, d), rand(e, 2 * f, d), rand(e, d, f), rand(t, d), k, name),
         "router_logits": (rand(t, d, grad=True), rand(e, d, grad=True), name),
         "topk_softmax": (router(t, e, grad=True), k, name),
         "topk_softmax_backward": (router(t, k), router(t, e), ids.clamp(min=0), router(t, e).softmax(1), name),
         "permute": (rand(t, d, grad=True), *maps, k, name),
-        "unpermute": (rand(n, d, grad=True), *maps, k, name),
-        "unpermute_weighted": (rand(n, d, grad=True), weights.clone().requires_grad_(), *maps, name),
+        "unpermute": (rand(n, d, grad=True), rand(t, d, grad=True), *maps, k, name),
+        "unpermute_weighted": (
+            rand(n, d, grad=True), weights.clone().requires_grad_(), rand(t, d, grad=True), *maps, name,
+        ),
         "unpermute_weighted_backward": (rand(t, d), rand(n, d), weights, row_to_slot, name),
         "grouped_gemm": (rand(n, d, grad=True), rand(e, f, d, grad=True), *tiles, name),
         "grouped_gemm_dx": (rand(n, f), rand(e, f, d), *tiles, name),
@@ -81,7 +83,7 @@ def op_samples(target) -> dict[str, tuple]:
         "qk_norm_backward": (*vectors(2, 5, 3, 8), rand(8), rand(8), 1e-6, name),
         "expert_ffn": (
             rand(t, d, grad=True), rand(e, 2 * f, d, grad=True), rand(e, d, f, grad=True),
-            weights.clone().requires_grad_(), *whole_plan, True, name,
+            weights.clone().requires_grad_(), rand(t, d, grad=True), *whole_plan, True, name,
         ),
         "expert_ffn_backward": (
             rand(t, d), rand(n, 2 * f), rand(t, d), rand(e, 2 * f, d), rand(e, d, f), weights, *whole_plan, name,
@@ -115,6 +117,16 @@ def test_opcheck(target, name, monkeypatch):
 @pytest.mark.parametrize("target", gpu_targets("cuda", dtypes=[FP32]))
 def test_opcheck_of_the_cuda_router(target, name, monkeypatch):
     test_opcheck(target, name, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("unpermute", 1), ("unpermute_weighted", 2), ("expert_ffn", 4), ("routed_ffn", 4)]
+)
+def test_opcheck_without_addend(name, place, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    sample = list(op_samples(REFERENCE_CPU)[name])
+    sample[place] = None
+    torch.library.opcheck(getattr(torch.ops.dit_moe, name).default, tuple(sample))
 
 
 @pytest.mark.parametrize("target", targets("triton", dtypes=[FP32], reference_on_gpu=False))

@@ -51,6 +51,8 @@ def check(target, case: Case) -> None:
         again = routed_ffn(*inputs, case.top_k, backend=target.backend)
         routing = route(x, gate, case.top_k, backend=target.backend)
         parts = expert_ffn(x, w13, w2, routing.topk_weights, routing.plan, backend=target.backend)
+        addend = randn(case.tokens, case.width, target=target)
+        added = routed_ffn(*inputs, case.top_k, addend=addend, backend=target.backend)[0]
     assert all(torch.equal(a, b) for a, b in zip((out, probs, counts), again, strict=True)), "two runs differ"
     assert torch.equal(probs, routing.probs) and torch.equal(counts, routing.plan.tokens_per_expert)
     assert torch.equal(out, parts)
@@ -58,7 +60,9 @@ def check(target, case: Case) -> None:
     exact = naive_route(x.double(), gate.double(), case.top_k)[2]["probs"]
     weights = exact.gather(1, ids.long())
     plain = naive_expert_ffn(x, w13, w2, weights.to(routing.topk_weights), ids)
-    assert_2x("out", out, naive_expert_ffn(x.double(), w13.double(), w2.double(), weights, ids), plain)
+    exact = naive_expert_ffn(x.double(), w13.double(), w2.double(), weights, ids)
+    assert_2x("out", out, exact, plain)
+    assert_2x("with an addend", added, exact + addend.double(), plain + addend)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -77,11 +81,12 @@ def test_models(target, case):
 def test_gradients_take_the_parts(target):
     case = CASES[0]
     leaves = [tensor.requires_grad_() for tensor in layer_inputs(target, case)]
-    out, probs, counts = routed_ffn(*leaves, case.top_k, backend=target.backend)
+    addend = randn(case.tokens, case.width, target=target).requires_grad_()
+    out, probs, counts = routed_ffn(*leaves, case.top_k, addend=addend, backend=target.backend)
     with torch.no_grad():
-        plain = routed_ffn(*leaves, case.top_k, backend=target.backend)
+        plain = routed_ffn(*leaves, case.top_k, addend=addend, backend=target.backend)
     assert torch.equal(out, plain[0]) and torch.equal(probs, plain[1]) and torch.equal(counts, plain[2])
-    grads = torch.autograd.grad(out.float().square().sum() + probs.square().sum(), leaves)
+    grads = torch.autograd.grad(out.float().square().sum() + probs.square().sum(), [*leaves, addend])
     assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in grads)
 
 
@@ -107,6 +112,9 @@ def test_autocast_casts_what_the_experts_see():
     for tokens in (x, x.bfloat16()):
         with torch.no_grad(), torch.autocast("cpu", dtype=BF16):
             out, probs, _ = routed_ffn(tokens, gate, w13, w2, 2)
+            low = (tensor.bfloat16() for tensor in (tokens, w13, w2))
+            added, *_ = routed_ffn(next(low), gate, *low, 2, addend=torch.zeros(6, 16))  # fp32, to be cast
+            assert added.dtype == BF16
         assert out.dtype == BF16 and torch.equal(probs, route(tokens, gate, 2).probs)
 
 
@@ -117,6 +125,7 @@ def test_autocast_casts_what_the_experts_see():
         ({"w2": torch.zeros(4, 16, 13)}, r"w2: got shape"),
         ({"w13": torch.zeros(4, 23, 16)}, r"w13: got shape"),
         ({"top_k": 5}, "top_k: got 5"),
+        ({"addend": torch.zeros(6, 15)}, r"addend: got shape \(6, 15\), expected \(6, 16\)"),
     ],
 )
 def test_wrong_arguments(change, message):

@@ -197,6 +197,10 @@ def test_wrong_input() -> None:
         moe(torch.zeros(3, 16))
     with pytest.raises(ValueError, match="meta"):
         moe(torch.zeros(3, 16, dtype=FP64, device="meta"))
+    with torch.no_grad(), pytest.raises(TypeError, match="x: got dtype torch.float32, expected torch.float64"):
+        moe(torch.zeros(3, 16))
+    with torch.no_grad(), pytest.raises(ValueError, match="x: got device meta, expected cpu"):
+        moe(torch.zeros(3, 16, dtype=FP64, device="meta"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from dit_moe_kernels import cuda_impl
 
 KERNELS = Path(cuda_impl.__file__).parents[1]
-ROW_OPS = {"permute": 4, "unpermute": 4, "unpermute_backward": 6}  # and how many addresses they take
+ROW_OPS = {"permute": 4, "unpermute": 5, "unpermute_backward": 6}  # and how many addresses they take
 PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_gemm_dw": 4, "grouped_swiglu": 5, "grouped_dswiglu": 9}
 LAYER = "routed_ffn"
 LAYER_FUNCTIONS = {LAYER, "routed_ffn_workspace"}
@@ -233,7 +233,7 @@ def test_unloadable_extension_has_a_reason(monkeypatch, tmp_path):
 def layer_arguments(
     rows: int = 4, depth: int = 16, hidden: int = 8, experts: int = 4, top_k: int = 2, dtype: int = BFLOAT16
 ) -> list[int]:
-    return [0] * 8 + [rows, depth, hidden, experts, top_k, dtype, FLOAT32, 0]
+    return [0] * 9 + [rows, depth, hidden, experts, top_k, dtype, FLOAT32, 0]
 
 
 @needs_products

@@ -18,6 +18,7 @@ def expert_ffn(
     row_to_slot: Tensor,
     slot_to_row: Tensor,
     save_h: bool,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward; returns y (T, D) and h (N, 2F), which has no rows unless save_h."""
     top_k = topk_weights.shape[1]
@@ -28,7 +29,7 @@ def expert_ffn(
     del rows  # its memory serves the next result
     y = grouped_gemm(a, w2, offsets)
     del a
-    return unpermute(y, topk_weights, slot_to_row, top_k), h
+    return unpermute(y, topk_weights, slot_to_row, top_k, addend), h
 
 
 def expert_ffn_backward(

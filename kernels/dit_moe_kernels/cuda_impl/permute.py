@@ -19,11 +19,14 @@ def permute(x_TD: Tensor, row_to_slot_N: Tensor, slot_to_row_N: Tensor, top_k: i
     return out_ND
 
 
-def unpermute(y_ND: Tensor, topk_weights_TK: Tensor | None, slot_to_row_N: Tensor, top_k: int) -> Tensor:
-    """Sum each token's rows over its K slots, weighted if weights are given: y_ND -> y_TD; unrouted slots add zero."""
+def unpermute(
+    y_ND: Tensor, topk_weights_TK: Tensor | None, slot_to_row_N: Tensor, top_k: int, addend_TD: Tensor | None = None
+) -> Tensor:
+    """Sum each token's rows over its K slots, weighted if weights are given, and addend: y_ND -> y_TD."""
     num_tokens, width = slot_to_row_N.shape[0] // top_k, y_ND.shape[1]
     out_TD = y_ND.new_empty(num_tokens, width)
-    launch("unpermute", (y_ND, topk_weights_TK, slot_to_row_N, out_TD), (num_tokens, width, top_k), y_ND)
+    tensors = (y_ND, topk_weights_TK, addend_TD, slot_to_row_N, out_TD)
+    launch("unpermute", tensors, (num_tokens, width, top_k), y_ND)
     return out_TD
 
 

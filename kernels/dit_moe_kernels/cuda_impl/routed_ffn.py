@@ -11,7 +11,7 @@ from .routing import operands
 
 
 def routed_ffn(
-    x_TD: Tensor, gate_ED: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, top_k: int
+    x_TD: Tensor, gate_ED: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, addend_TD: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> out_TD, probs_TE fp32, tokens_per_expert_E int32; x and weights are fp16 or bf16."""
     x_TD, gate_ED = operands(x_TD, gate_ED)
@@ -21,6 +21,7 @@ def routed_ffn(
     probs_TE = x_TD.new_empty(num_tokens, num_experts, dtype=torch.float32)
     counts_E = x_TD.new_empty(num_experts, dtype=torch.int32)
     workspace = x_TD.new_empty(extension().routed_ffn_workspace(*sizes), dtype=torch.uint8)
-    tensors = (x_TD, gate_ED, aligned(w13_E2FD), aligned(w2_EDF), out_TD, probs_TE, counts_E, workspace)
+    inputs = (x_TD, gate_ED, aligned(w13_E2FD), aligned(w2_EDF), addend_TD)
+    tensors = (*inputs, out_TD, probs_TE, counts_E, workspace)
     launch("routed_ffn", tensors, sizes, x_TD, (x_TD.dtype, gate_ED.dtype))
     return out_TD, probs_TE, counts_E

@@ -23,6 +23,7 @@ def expert_ffn(
     tile_row: Tensor,
     tile_rows: int,
     save_h: bool,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward; returns y (T, D) and h (N, 2F), which has no rows unless save_h."""
     top_k, num_rows, width = topk_weights.shape[1], row_to_slot.shape[0], w2.shape[2]
@@ -50,7 +51,7 @@ def expert_ffn(
         **plan,
     )
     y = grouped_gemm.grouped_gemm(a, w2, **plan)
-    return permute.unpermute(y, topk_weights, slot_to_row, top_k), h
+    return permute.unpermute(y, topk_weights, slot_to_row, top_k, addend), h
 
 
 def expert_ffn_backward(

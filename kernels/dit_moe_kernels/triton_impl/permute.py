@@ -38,12 +38,14 @@ def _permute_kernel(
 def _unpermute_kernel(
     y_ptr,  # (N, D) io dtype
     topk_weights_ptr,  # (T, K) fp32, or None
+    addend_ptr,  # (T, D) io dtype, or None
     out_ptr,  # (T, D) io dtype
     slot_to_row_ptr,  # (N,) int32, -1 for an unrouted slot
     num_tokens,
     D,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -62,8 +64,11 @@ def _unpermute_kernel(
             weights = tl.load(topk_weights_ptr + slots, mask=in_range, other=0.0)
             y = tl.where(routed, y * weights[:, None], 0.0)
         total += y
-    out_ptrs = out_ptr + tokens[:, None] * D + cols[None, :]
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=in_range[:, None] & in_width)
+    places = tokens[:, None] * D + cols[None, :]
+    mask = in_range[:, None] & in_width
+    if HAS_ADDEND:
+        total += tl.load(addend_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -121,8 +126,10 @@ def permute(x: Tensor, row_to_slot: Tensor, top_k: int) -> Tensor:
     return out
 
 
-def unpermute(y: Tensor, topk_weights: Tensor | None, slot_to_row: Tensor, top_k: int) -> Tensor:
-    """y (N, D) -> (T, D), each token's K rows summed, weighted by topk_weights (T, K) fp32 if given."""
+def unpermute(
+    y: Tensor, topk_weights: Tensor | None, slot_to_row: Tensor, top_k: int, addend: Tensor | None = None
+) -> Tensor:
+    """y (N, D) -> (T, D): each token's K rows, by topk_weights (T, K) fp32 if given, and addend (T, D) are summed."""
     num_tokens, width = slot_to_row.shape[0] // top_k, y.shape[1]
     out = y.new_empty(num_tokens, width)
     if out.numel():
@@ -130,12 +137,14 @@ def unpermute(y: Tensor, topk_weights: Tensor | None, slot_to_row: Tensor, top_k
         _unpermute_kernel[grid](
             y,
             topk_weights,
+            addend,
             out,
             slot_to_row,
             num_tokens,
             width,
             TOP_K=top_k,
             WEIGHTED=topk_weights is not None,
+            HAS_ADDEND=addend is not None,
             BLOCK_R=_BLOCK_R,
             BLOCK_C=_BLOCK_C,
         )
