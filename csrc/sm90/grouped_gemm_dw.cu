@@ -73,8 +73,7 @@ cudaError_t launch_fastest(const WeightProblem& problem) {
 template <typename Element>
 cudaError_t launch_element(const WeightProblem& problem) {
   return launch_fastest<Element, WeightOption<256, true>, WeightOption<256, false>, WeightOption<192, true>,
-                        WeightOption<192, false>, WeightOption<176, true>, WeightOption<128, true>,
-                        WeightOption<128, false>>(problem);
+                        WeightOption<192, false>, WeightOption<128, true>, WeightOption<128, false>>(problem);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ SPLITS = {
     "no_row": ([0, 0], 0),
     "many_experts": ([(7 * i) % 41 for i in range(160)], 3),
 }
-# Every compiled shape of a tile, with an H100's 66 clusters and three to seven experts: multiples of 256, 192, 176 and
+# Every compiled shape of a tile, with an H100's 66 clusters and three to seven experts: multiples of 256, 192 and
 # 128 columns; an odd number of 128 rows (wide pairs); and widths that no tile divides.
 SHAPES = [
     (512, 1024), (1152, 4608), (9216, 1152), (1152, 384), (2816, 1408), (384, 1536), (384, 128), (128, 128), (8, 8),
