@@ -22,6 +22,7 @@ from .engine import Unavailable
 from .providers.loop import routed_loop
 
 PROVIDERS = (
+    "ours-cuda",
     "ours-triton",
     "ours-triton-compiled",
     "loop",
@@ -136,7 +137,9 @@ class ModelShop:
             reason = availability(backend, self._device)
             if reason is not None:
                 raise Unavailable(reason)
-            model = Model(self.moe, flops(self.config), partial(use_backend, backend))
+            # The CUDA kernels cover the routed layers alone: with them the model is what "auto" makes of it.
+            asked = "auto" if backend == "cuda" else backend
+            model = Model(self.moe, flops(self.config), partial(use_backend, asked))
         if not compiled:
             return model
         torch._dynamo.reset()  # earlier tasks' shapes would count against the limit of recompilations

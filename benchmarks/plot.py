@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import product
@@ -22,12 +23,13 @@ from matplotlib.lines import Line2D
 from . import results
 from .results import Row
 
+_TITLE_COLUMNS = 58
 # name -> (label, colour, marker); the same provider looks the same in every plot
 STYLES = {
     "ours-triton": ("this library, fused (Triton)", "#c1121f", "o"),
     "ours-triton-compiled": ("this library, torch.compile", "#e5383b", "*"),
     "ours-unfused": ("this library, unfused (Triton)", "#f4845f", "s"),
-    "ours-cuda": ("this library, CUDA products (inference)", "#f7b267", "D"),
+    "ours-cuda": ("this library, CUDA", "#f7b267", "D"),
     "gemm": ("bare cuBLAS products (yardstick)", "#000000", "_"),
     "torch-grouped-mm": ("torch grouped_mm, eager", "#0077b6", "^"),
     "torch-grouped-mm-compiled": ("torch grouped_mm, torch.compile", "#48cae4", "v"),
@@ -279,7 +281,8 @@ def _finish(figure: Figure, title: str, runs: list[dict[str, Any]], panels: list
     """Title with the machine, and one legend for all panels at the right."""
     gpu = next((run["gpu"]["name"] for run in reversed(runs) if run.get("gpu")), "CPU, smoke run")
     torch_version = runs[-1]["packages"]["torch"] if runs else ""
-    figure.suptitle(f"{title}\n{gpu}, torch {torch_version}", fontsize=12, x=0.02, ha="left")
+    wrapped = textwrap.fill(title, _TITLE_COLUMNS)  # the legend stands beside it
+    figure.suptitle(f"{wrapped}\n{gpu}, torch {torch_version}", fontsize=12, x=0.02, ha="left")
     entries: dict[str, Any] = {}
     dashes: set[str] = set()
     for panel in panels:

@@ -22,7 +22,7 @@ def layer_providers() -> dict[str, Provider]:
     providers: list[Provider] = [
         Fused("ours-triton", backend="triton"),
         Unfused("ours-unfused", permute_backend="triton", backend="triton"),
-        Fused("ours-cuda", "cuda", asked="auto", note="weight gradients by Triton"),
+        Fused("ours-cuda", "cuda", asked="auto"),
         TorchGrouped("torch-grouped-mm", compiled=False),
         TorchGrouped("torch-grouped-mm-compiled", compiled=True),
         Padded(),
