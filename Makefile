@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+TEST_MARKS ?= not slow
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 
@@ -25,8 +26,8 @@ install: $(STAMP)  ## create .venv and install the project and its tools
 demo: $(STAMP)  ## train a small DiT-MoE on real images and sample from it into demo/
 	$(VENV)/bin/dit-moe demo --out demo $(DEMO_ARGS)
 
-test: $(STAMP)  ## run the tests (those that need a GPU are skipped without one)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+test: $(STAMP)  ## run the tests but for the slow ones (TEST_MARKS= runs them too; those that need a GPU are skipped without one)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) -m "$(TEST_MARKS)" $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check style, formatting and types
 	ruff check .
