@@ -132,8 +132,13 @@ def sample_ddim(
     """
     _check_steps(steps)
     guidance = Guidance(cfg_scale, guidance_channels, guidance_interval, cfg_schedule)
-    trajectory = DDIMTrajectory(make_diffusion(f"ddim{steps}" if isinstance(steps, int) else steps), eta, clip)
+    trajectory = DDIMTrajectory(make_diffusion(ddim_respacing(steps)), eta, clip)
     return _sample(model, noise, class_ids, trajectory, guidance, generator, on_step)
+
+
+def ddim_respacing(steps: int | str) -> str:
+    """The respacing text that `sample_ddim` takes for its steps."""
+    return f"ddim{steps}" if isinstance(steps, int) else steps
 
 
 def _sample(

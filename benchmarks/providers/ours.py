@@ -20,11 +20,10 @@ class Fused:
         backend: what must be available.
         asked: the backend that the layer is given, where it is another one; a layer takes several ops, and `auto` takes
             each where it runs best.
-        note: a remark for the result's status.
     """
 
-    def __init__(self, name: str, backend: str, asked: str | None = None, note: str | None = None) -> None:
-        self.name, self.note, self._backend, self._asked = name, note, backend, asked or backend
+    def __init__(self, name: str, backend: str, asked: str | None = None) -> None:
+        self.name, self._backend, self._asked = name, backend, asked or backend
 
     def availability(self, device: str) -> str | None:
         """The backend's own reason."""

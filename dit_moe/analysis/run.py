@@ -18,6 +18,7 @@ from torch import Tensor
 from ..diffusion.gaussian import make_diffusion
 from ..engine import SamplingEngine
 from ..evaluate import SamplingSettings, class_of, sample_indices, weights_digest
+from ..sampling import ddim_respacing
 from .counts import ExpertCounts
 from .pruning import ExpertProbe, probe_experts
 from .recorder import record_experts
@@ -30,10 +31,8 @@ def number_of_steps(settings: SamplingSettings) -> int:
     """Calls of the model for each image."""
     if settings.sampler == "rf":
         return int(settings.steps)
-    respacing = (
-        f"ddim{settings.steps}" if settings.sampler == "ddim" and isinstance(settings.steps, int) else settings.steps
-    )
-    return make_diffusion(respacing).num_steps
+    steps = ddim_respacing(settings.steps) if settings.sampler == "ddim" else settings.steps
+    return make_diffusion(steps).num_steps
 
 
 def record_sampling(

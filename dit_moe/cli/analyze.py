@@ -34,6 +34,7 @@ from .common import (
     reported_errors,
     resolve_device,
 )
+from .sampling_options import BatchSizeOption, CfgOption, SamplerOption, SeedOption, WeightsDtypeOption
 
 _SAMPLES_SHOWN, _SAMPLES_IN_A_ROW = 40, 20
 _PIXEL_CHANNELS = (1, 3)  # grey, colour; anything else is a latent
@@ -45,9 +46,9 @@ def analyze(
     ckpt: CheckpointOption,
     out: Annotated[Path, typer.Option(help="Folder for counts, figures and report; the same one again resumes.")],
     images: Annotated[int, typer.Option(min=1, help="Images to sample.")] = 1000,
-    sampler: Annotated[Sampler, typer.Option(help="rf for models trained with rectified flow.")] = Sampler.rf,
+    sampler: SamplerOption = Sampler.rf,
     steps: StepsOption = None,
-    cfg: Annotated[float, typer.Option(help="Guidance; 1 is none.")] = 1.5,
+    cfg: CfgOption = 1.5,
     half: Annotated[
         str, typer.Option(help="Half of a guided batch to count: conditional, unconditional or both.")
     ] = "conditional",
@@ -63,9 +64,9 @@ def analyze(
     per_layer_scale: Annotated[
         bool, typer.Option("--per-layer-scale", help="Colour scales of figures 5 to 7 by layer, as in the paper.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of noise and random classes.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 64,
-    dtype: Annotated[Precision, typer.Option(help="Dtype of the weights.")] = Precision.fp32,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 64,
+    dtype: WeightsDtypeOption = Precision.fp32,
     device: DeviceOption = "auto",
     backend: BackendOption = Backend.auto,
     num_heads: HeadsOption = None,

@@ -3,13 +3,14 @@
 from .apply import parallelize, unwrap
 from .config import ParallelConfig
 from .optim import clip_grad_norm_, optimizer_groups
-from .state import full_state_dict, local_tensor
+from .state import full_state_dict, local_tensor, num_shards
 
 __all__ = [
     "ParallelConfig",
     "clip_grad_norm_",
     "full_state_dict",
     "local_tensor",
+    "num_shards",
     "optimizer_groups",
     "parallelize",
     "unwrap",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .state import local_tensor
+from .state import local_tensor, num_shards
 
 
 def optimizer_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
@@ -52,15 +51,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 
 def _copies(parameter: Tensor) -> int:
     """How many ranks hold the same part of a parameter."""
-    from torch.distributed.tensor import DTensor
-
-    if not dist.is_initialized():
-        return 1
-    shards = 1
-    if isinstance(parameter, DTensor):
-        sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
-        shards = math.prod(size for size, placement in sizes if placement.is_shard())
-    return dist.get_world_size() // shards
+    return dist.get_world_size() // num_shards(parameter) if dist.is_initialized() else 1
 
 
 def _square(tensors: list[Tensor]) -> Tensor:

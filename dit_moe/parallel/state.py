@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch.distributed as dist
@@ -16,6 +17,16 @@ def local_tensor(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_shards(tensor: Tensor) -> int:
+    """Into how many different parts the ranks have cut a tensor; 1 for one that is not spread."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_shard())
 
 
 def full_state_dict(state: Mapping[str, Tensor], *, rank0_only: bool = True) -> dict[str, Tensor]:

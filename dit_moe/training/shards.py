@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from ..data.feed import to_device
-from ..parallel import local_tensor
+from ..parallel import local_tensor, num_shards
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -28,7 +26,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     counts as often as there are ranks that hold it.
     """
     norms = torch.stack(torch._foreach_norm([local_part(tensor) for tensor in tensors], 2, dtype=torch.float32))
-    shards = [_shards(tensor) for tensor in tensors]
+    shards = [num_shards(tensor) for tensor in tensors]
     squares = norms.square()
     if max(shards) > 1:
         factors = torch.tensor([count / dist.get_world_size() for count in shards])
@@ -42,11 +40,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _shards(tensor: Tensor) -> int:
-    """Into how many parts the ranks have cut a tensor."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in sizes if placement.is_shard())

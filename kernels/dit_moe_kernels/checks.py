@@ -18,6 +18,13 @@ def check_float(name: str, tensor: Tensor, ndim: int) -> None:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {ndim} dimensions")
 
 
+def check_ids(name: str, tensor: Tensor) -> None:
+    """An int32 or int64 tensor."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: got {got}, expected an int32 or int64 Tensor")
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Exactly this shape."""
     if tuple(tensor.shape) != expected:

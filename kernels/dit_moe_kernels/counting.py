@@ -67,9 +67,7 @@ def count_routing(
 
 
 def _check(topk_ids: Tensor, layer: int, cursor: Tensor, counts: RoutingCounts, images_per_group: int) -> None:
-    if not isinstance(topk_ids, Tensor) or topk_ids.dtype not in (torch.int32, torch.int64):
-        got = topk_ids.dtype if isinstance(topk_ids, Tensor) else type(topk_ids).__name__
-        raise TypeError(f"topk_ids: got {got}, expected an int32 or int64 Tensor")
+    checks.check_ids("topk_ids", topk_ids)
     num_images, num_layers, num_experts = counts.image_counts.shape
     num_groups, _, num_steps, _ = counts.step_counts.shape
     num_tokens = counts.patch_counts.shape[2]

@@ -75,7 +75,7 @@ def check_topk_weights(topk_weights: Tensor, like: Tensor, plan: RoutingPlan) ->
 
 
 def _implementation(backend: str) -> Any:
-    """The module with unpermute and unpermute_backward for a backend; the signatures are reference's."""
+    """The module with permute, unpermute and unpermute_backward for a backend."""
     if backend == "triton":
         from .triton_impl import permute as triton_permute
 
@@ -91,13 +91,9 @@ def _implementation(backend: str) -> Any:
 def _permute_impl(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
     if backend == "reference":
         return reference.permute(x, row_to_slot, top_k)
-    if backend == "triton":
-        from .triton_impl import permute as triton_kernels
-
-        return triton_kernels.permute(x.contiguous(), row_to_slot, top_k)
-    from .cuda_impl import permute as cuda_kernels
-
-    return cuda_kernels.permute(x.contiguous(), row_to_slot, slot_to_row, top_k)
+    # Triton's goes by rows, CUDA's by tokens.
+    maps = (row_to_slot,) if backend == "triton" else (row_to_slot, slot_to_row)
+    return _implementation(backend).permute(x.contiguous(), *maps, top_k)
 
 
 def _permute_fake(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:

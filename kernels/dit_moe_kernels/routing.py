@@ -79,9 +79,7 @@ def make_routing_plan(
     Raises:
         TypeError, ValueError: wrong dtype, shape, expert count, tile height or (if checked) ids.
     """
-    if not isinstance(topk_ids, Tensor) or topk_ids.dtype not in (torch.int32, torch.int64):
-        got = topk_ids.dtype if isinstance(topk_ids, Tensor) else type(topk_ids).__name__
-        raise TypeError(f"topk_ids: got {got}, expected an int32 or int64 Tensor")
+    checks.check_ids("topk_ids", topk_ids)
     if topk_ids.ndim != 2:
         raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}, expected (T, K)")
     top_k = topk_ids.shape[1]

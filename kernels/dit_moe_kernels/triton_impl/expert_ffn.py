@@ -102,5 +102,5 @@ def expert_ffn_backward(
     dw2 = grouped_gemm_dw.grouped_gemm_dw(grad_rows, weighted_a, offsets)
     del grad_rows, weighted_a
     dw13 = grouped_gemm_dw.grouped_gemm_dw(dh, permute.permute(x, row_to_slot, top_k), offsets)
-    dx_rows = grouped_gemm.grouped_gemm_dx(dh, w13, offsets, tile_expert, tile_row, tile_rows)
+    dx_rows = grouped_gemm.grouped_gemm_dx(dh, w13, **plan)
     return permute.unpermute(dx_rows, None, slot_to_row, top_k), dw13, dw2, dtopk_weights
