@@ -1,6 +1,7 @@
-"""Small cases of every op on a GPU, for NVIDIA's memory checker.
+"""Small cases of every op on a GPU, for NVIDIA's memory and race checkers.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/run_sanitizer.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/run_sanitizer.py
 
 Without PyTorch's caching allocator every tensor is an allocation of its own, so that an access outside it is seen.
 Runs both kernel backends, forward and backward, on sizes that leave every tile partly empty. Takes no arguments; the
@@ -21,6 +22,7 @@ from dit_moe_kernels import (  # noqa: E402
     grouped_gemm,
     make_routing_plan,
     permute,
+    routed_ffn,
     router_logits,
     swiglu,
     topk_softmax,
@@ -49,8 +51,10 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
     summed = unpermute(y, plan, addend=x, backend=permute_backend)
     (fused.float().sum() + unfused.float().sum() + summed.float().sum() + probs.square().sum()).backward()
     if permute_backend == "cuda" and dtype != torch.float32 and width % 8 == hidden % 8 == 0:
-        with torch.no_grad():  # the CUDA products, on Hopper
-            expert_ffn(x, w13, w2, weights, plan, backend="cuda")
+        # The CUDA products and their gradients, and the whole layer in one call, on Hopper.
+        expert_ffn(x, w13, w2, weights, plan, backend="cuda").sum().backward()
+        with torch.no_grad():
+            routed_ffn(x, gate, w13, w2, top_k, addend=x, backend="cuda")
             torch.ops.dit_moe.grouped_gemm_dx(h, w13, *plan[1:2], *plan[4:7], "cuda")
     torch.cuda.synchronize()
 
