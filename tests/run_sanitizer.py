@@ -52,7 +52,8 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
     (fused.float().sum() + unfused.float().sum() + summed.float().sum() + probs.square().sum()).backward()
     if permute_backend == "cuda" and dtype != torch.float32 and width % 8 == hidden % 8 == 0:
         # The CUDA products and their gradients, and the whole layer in one call, on Hopper.
-        expert_ffn(x, w13, w2, weights, plan, backend="cuda").sum().backward()
+        leaf = weights.detach().requires_grad_()  # the graph behind the weights is spent
+        expert_ffn(x, w13, w2, leaf, plan, backend="cuda").sum().backward()
         with torch.no_grad():
             routed_ffn(x, gate, w13, w2, top_k, addend=x, backend="cuda")
             torch.ops.dit_moe.grouped_gemm_dx(h, w13, *plan[1:2], *plan[4:7], "cuda")
