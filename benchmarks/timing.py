@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dit_moe.graphs import GraphCapture, NotCapturable
+
 Call = Callable[[], object]
 
 
@@ -55,10 +57,6 @@ def summarize(times_ms: Sequence[float]) -> Sample:
     return Sample(statistics.median(times_ms), fifths[0], fifths[3])
 
 
-class NotCapturable(Exception):
-    """The calls cannot become a CUDA graph; the message says why."""
-
-
 class CpuClock:
     """Times calls on the CPU."""
 
@@ -94,12 +92,11 @@ class CudaClock:
     def __init__(self) -> None:
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(max(4 * l2_bytes, 2**26), dtype=torch.int8, device="cuda")
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._capture = GraphCapture(torch.device("cuda"))
 
     def start_task(self) -> None:
         """Take a new memory pool for the graphs of the next task."""
-        self._pool = torch.cuda.graph_pool_handle()
+        self._capture = GraphCapture(torch.device("cuda"))
 
     def warm_up(self, milliseconds: float) -> None:
         """Keep the GPU busy with matrix products of random data."""
@@ -143,47 +140,15 @@ class CudaClock:
         Raises:
             NotCapturable: a call waits for the GPU, or the capture failed.
         """
-        self._forbid_waiting(calls[0])
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+
+        def step() -> None:
             for call in calls:
                 call()
-        torch.cuda.current_stream().wait_stream(self._stream)
+
+        graph = self._capture(step)
+        graph.replay()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                for call in calls:
-                    call()
-            graph.replay()
-            torch.cuda.synchronize()
-        except Exception as error:
-            self._recover()
-            raise NotCapturable(first_line(error)) from error
         return graph.replay
-
-    def _recover(self) -> None:
-        """After a failed capture: a new memory pool, and a capture that succeeds.
-
-        Without the latter torch's random generator believes for good that it is being captured.
-        """
-        self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream):
-            self._flush.zero_()
-        torch.rand(1, device="cuda")  # raises if that did not help
-
-    @staticmethod
-    def _forbid_waiting(call: Call) -> None:
-        """Find host syncs before a capture does, because a broken capture can leave the process in a bad state."""
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call()
-        except RuntimeError as error:
-            raise NotCapturable(f"the call waits for the GPU ({first_line(error)})") from error
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 Clock = CpuClock | CudaClock

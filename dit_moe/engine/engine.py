@@ -12,16 +12,13 @@ from typing import Any
 import torch
 from dit_moe_kernels import current_backend
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from ..graphs import GraphCapture, NotCapturable, has_hooks
 from ..model import DiT
-from .graphs import GraphCapture, NotCapturable
 from .plan import SamplingPlan, evaluating, run_stepwise
 from .program import StepProgram
 
 logger = logging.getLogger("dit_moe")
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class SamplingEngine:
@@ -193,9 +190,8 @@ class SamplingEngine:
             return "the batch is empty"
         if torch.is_autocast_enabled(noise.device.type):
             return "autocast is on"
-        for name in _HOOKS:
-            if getattr(torch_module, f"_global{name}") or any(getattr(part, name) for part in self.model.modules()):
-                return "the model has hooks, which a replay would not run"
+        if has_hooks(self.model):
+            return "the model has hooks, which a replay would not run"
         if any(not hasattr(observer, "paused") for observer in self._observers()):
             return "the model's routers have an observer that cannot be paused, and a capture would be counted"
         if any(getattr(part, "count_group", None) is not None for part in self.model.modules()):

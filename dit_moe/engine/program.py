@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..diffusion import draw_noise
 from ..diffusion.noise import noise_source
+from ..graphs import GraphCapture
 from ..guidance import mix
-from .graphs import GraphCapture
 from .plan import SamplingPlan, dtypes_for
 
 MAX_WINDOW = 64  # steps whose tables are on the device at once

@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_moe import DiT
 from dit_moe.checkpoint import load_checkpoint
 from dit_moe.engine import SamplingEngine
-from dit_moe.engine.graphs import NotCapturable
+from dit_moe.graphs import NotCapturable
 from dit_moe.sampling import sample_ddim, sample_ddpm, sample_rectified_flow
 from tests.model.util import tiny_model
 
