@@ -148,6 +148,23 @@ void routed_ffn(Address x, Address gate, Address w13, Address w2, Address addend
                            depth, hidden, num_experts, top_k, dtype, gate_dtype, stream_handle(stream)));
 }
 
+void routed_ffn_products(Address x, Address gate, Address w13, Address w2, Address probs, Address tokens_per_expert,
+                         Address activation, Address workspace, int64_t num_tokens, int64_t depth, int64_t hidden,
+                         int64_t num_experts, int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype,
+                         Address stream) {
+  check("routed_ffn_products",
+        dit_moe_routed_ffn_products(pointer(x), pointer(gate), pointer(w13), pointer(w2), pointer<float>(probs),
+                                    pointer<int32_t>(tokens_per_expert), pointer(activation), pointer(workspace),
+                                    num_tokens, depth, hidden, num_experts, top_k, dtype, gate_dtype,
+                                    stream_handle(stream)));
+}
+
+void routed_ffn_combine(Address addend, Address out, Address workspace, int64_t num_tokens, int64_t depth,
+                        int64_t num_experts, int64_t top_k, DitMoeDtype dtype, Address stream) {
+  check("routed_ffn_combine", dit_moe_routed_ffn_combine(pointer(addend), pointer(out), pointer(workspace), num_tokens,
+                                                         depth, num_experts, top_k, dtype, stream_handle(stream)));
+}
+
 int64_t routed_ffn_workspace(int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k) {
   const int64_t bytes = dit_moe_routed_ffn_workspace(num_tokens, depth, hidden, num_experts, top_k);
   if (bytes < 0) check("routed_ffn_workspace", cudaErrorInvalidValue);
@@ -222,6 +239,13 @@ PYBIND11_MODULE(_C, module) {
              py::arg("addend"), py::arg("out"), py::arg("probs"), py::arg("tokens_per_expert"), py::arg("workspace"),
              py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"),
              py::arg("dtype"), py::arg("gate_dtype"), py::arg("stream"));
+  module.def("routed_ffn_products", &routed_ffn_products, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("w13"),
+             py::arg("w2"), py::arg("probs"), py::arg("tokens_per_expert"), py::arg("activation"), py::arg("workspace"),
+             py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"),
+             py::arg("dtype"), py::arg("gate_dtype"), py::arg("stream"));
+  module.def("routed_ffn_combine", &routed_ffn_combine, Unlocked(), py::arg("addend"), py::arg("out"),
+             py::arg("workspace"), py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("top_k"),
+             py::arg("dtype"), py::arg("stream"));
   module.def("routed_ffn_workspace", &routed_ffn_workspace, py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"),
              py::arg("num_experts"), py::arg("top_k"));
 #endif

@@ -151,6 +151,18 @@ cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13,
                                int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
                                DitMoeDtype gate_dtype, cudaStream_t stream);
 
+// The same in two calls, so that activation, the largest buffer, may go before out comes: all up to the second product,
+// and the combine. The workspace is the same in both; hidden may be 0 where its size is asked for.
+//   x, gate, w13, w2, workspace as above -> probs, tokens_per_expert as above, activation (N, F) dtype
+//   addend as above -> out as above
+cudaError_t dit_moe_routed_ffn_products(const void* x, const void* gate, const void* w13, const void* w2, float* probs,
+                                        int32_t* tokens_per_expert, void* activation, void* workspace,
+                                        int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts,
+                                        int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream);
+cudaError_t dit_moe_routed_ffn_combine(const void* addend, void* out, void* workspace, int64_t num_tokens,
+                                       int64_t depth, int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
+                                       cudaStream_t stream);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif

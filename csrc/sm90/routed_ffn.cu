@@ -1,4 +1,4 @@
-// The routed layer without gradients in one call: route, dispatch, both products, combine; see launch.h.
+// The routed layer without gradients in one call or two: route, dispatch, both products, combine; see launch.h.
 #include <algorithm>
 #include <limits>
 
@@ -35,7 +35,7 @@ struct Workspace {
   int32_t* ids;      // (T, K)
   DitMoePlan plan;   // without tokens_per_expert
   void* rows;        // (N, D): the tokens by expert, then their results
-  void* activation;  // (N, F)
+  void* activation;  // (N, F), last, so that nothing else moves if it is elsewhere
   int64_t bytes;
 };
 
@@ -79,11 +79,11 @@ extern "C" int64_t dit_moe_routed_ffn_workspace(int64_t num_tokens, int64_t dept
   return cut(nullptr, num_tokens, depth, hidden, num_experts, top_k).bytes;
 }
 
-extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2,
-                                          const void* addend, void* out, float* probs, int32_t* tokens_per_expert,
-                                          void* workspace, int64_t num_tokens, int64_t depth, int64_t hidden,
-                                          int64_t num_experts, int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype,
-                                          cudaStream_t stream) {
+extern "C" cudaError_t dit_moe_routed_ffn_products(const void* x, const void* gate, const void* w13, const void* w2,
+                                                   float* probs, int32_t* tokens_per_expert, void* activation,
+                                                   void* workspace, int64_t num_tokens, int64_t depth, int64_t hidden,
+                                                   int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
+                                                   DitMoeDtype gate_dtype, cudaStream_t stream) {
   using namespace dit_moe::sm90;
   if (!valid_sizes(num_tokens, depth, hidden, num_experts, top_k)) return cudaErrorInvalidValue;
   Workspace w = cut(workspace, num_tokens, depth, hidden, num_experts, top_k);
@@ -95,10 +95,32 @@ extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const
   if (error != cudaSuccess) return error;
   error = dit_moe_permute(x, w.plan.row_to_slot, w.plan.slot_to_row, w.rows, num_tokens, depth, top_k, dtype, stream);
   if (error != cudaSuccess) return error;
-  error = dit_moe_grouped_swiglu(w.rows, w13, offsets, w.activation, nullptr, rows, depth, hidden, num_experts, dtype,
+  error = dit_moe_grouped_swiglu(w.rows, w13, offsets, activation, nullptr, rows, depth, hidden, num_experts, dtype,
                                  stream);
   if (error != cudaSuccess) return error;
-  error = dit_moe_grouped_gemm(w.activation, w2, offsets, w.rows, rows, hidden, depth, num_experts, dtype, stream);
-  if (error != cudaSuccess) return error;
+  return dit_moe_grouped_gemm(activation, w2, offsets, w.rows, rows, hidden, depth, num_experts, dtype, stream);
+}
+
+extern "C" cudaError_t dit_moe_routed_ffn_combine(const void* addend, void* out, void* workspace, int64_t num_tokens,
+                                                  int64_t depth, int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
+                                                  cudaStream_t stream) {
+  using namespace dit_moe::sm90;
+  if (!valid_sizes(num_tokens, depth, 0, num_experts, top_k)) return cudaErrorInvalidValue;
+  const Workspace w = cut(workspace, num_tokens, depth, 0, num_experts, top_k);
   return dit_moe_unpermute(w.rows, w.weights, addend, w.plan.slot_to_row, out, num_tokens, depth, top_k, dtype, stream);
+}
+
+extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2,
+                                          const void* addend, void* out, float* probs, int32_t* tokens_per_expert,
+                                          void* workspace, int64_t num_tokens, int64_t depth, int64_t hidden,
+                                          int64_t num_experts, int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype,
+                                          cudaStream_t stream) {
+  using namespace dit_moe::sm90;
+  if (!valid_sizes(num_tokens, depth, hidden, num_experts, top_k)) return cudaErrorInvalidValue;
+  const Workspace w = cut(workspace, num_tokens, depth, hidden, num_experts, top_k);
+  const cudaError_t error =
+      dit_moe_routed_ffn_products(x, gate, w13, w2, probs, tokens_per_expert, w.activation, workspace, num_tokens,
+                                  depth, hidden, num_experts, top_k, dtype, gate_dtype, stream);
+  if (error != cudaSuccess) return error;
+  return dit_moe_routed_ffn_combine(addend, out, workspace, num_tokens, depth, num_experts, top_k, dtype, stream);
 }

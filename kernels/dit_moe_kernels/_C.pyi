@@ -201,5 +201,34 @@ def routed_ffn(
     gate_dtype: int,
     stream: int,
 ) -> None: ...
+def routed_ffn_products(
+    x: int,
+    gate: int,
+    w13: int,
+    w2: int,
+    probs: int,
+    tokens_per_expert: int,
+    activation: int,
+    workspace: int,
+    num_tokens: int,
+    depth: int,
+    hidden: int,
+    num_experts: int,
+    top_k: int,
+    dtype: int,
+    gate_dtype: int,
+    stream: int,
+) -> None: ...
+def routed_ffn_combine(
+    addend: int,
+    out: int,
+    workspace: int,
+    num_tokens: int,
+    depth: int,
+    num_experts: int,
+    top_k: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
 def routed_ffn_workspace(num_tokens: int, depth: int, hidden: int, num_experts: int, top_k: int) -> int: ...
 def build_info() -> dict[str, str]: ...

@@ -1,8 +1,12 @@
 """routed_ffn: router and experts in one call, against a loop over experts in float64 and against its parts."""
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from dit_moe_kernels import availability, expert_ffn, route, routed_ffn
+from dit_moe_kernels.cuda_impl import routed_ffn as implementation
 
 from dit_moe import MoEFeedForward
 from tests.kernels.test_route import make_inputs, naive_route
@@ -90,10 +94,10 @@ def test_gradients_take_the_parts(target):
     assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in grads)
 
 
+@pytest.mark.parametrize("case", [MODEL_CASES[0], MODEL_CASES[-1]], ids=str)  # in one call and in two
 @pytest.mark.parametrize("target", gpu_targets("cuda", dtypes=[BF16]))
-def test_a_graph_follows_its_inputs(target):
+def test_a_graph_follows_its_inputs(target, case):
     torch.use_deterministic_algorithms(False)  # no filling of new memory in the way
-    case = MODEL_CASES[0]
     x, *weights = layer_inputs(target, case)
     other = layer_inputs(target, case)[0]
     with torch.no_grad():
@@ -105,6 +109,47 @@ def test_a_graph_follows_its_inputs(target):
     x.copy_(other)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("target", gpu_targets("cuda", dtypes=[BF16]))
+def test_peak_memory(target):
+    """x, weights and result included: without the activation's early end it is 1163e6 bytes."""
+    inputs = layer_inputs(target, Case("XL_T32768", 32768, 8, 2, 1152, 4608))
+    torch.cuda.synchronize()
+    others = torch.cuda.memory_allocated() - sum(tensor.nbytes for tensor in inputs)
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        results = routed_ffn(*inputs, 2, backend="cuda")
+    assert all(tensor.isfinite().all() for tensor in results)
+    assert torch.cuda.max_memory_allocated() - others < 1100e6
+
+
+@pytest.mark.parametrize("tokens, launches", [(6, ["routed_ffn"]), (7, ["routed_ffn_products", "routed_ffn_combine"])])
+def test_a_large_activation_is_gone_before_the_result_comes(monkeypatch, tokens, launches):
+    """What is launched with which tensors alive, by stand-ins for the compiled module."""
+    seen, activations = [], []
+
+    def launch(op, tensors, *_):
+        seen.append(op)
+        if op == "routed_ffn_products":
+            activation = tensors[6]
+            assert activation.shape == (tokens * 2, 12) and activation.dtype == BF16
+            activations.append(weakref.ref(activation))
+
+    def empty_like(tensor):
+        assert all(activation() is None for activation in activations)
+        return torch.zeros_like(tensor)
+
+    workspace_sizes = []
+    compiled = SimpleNamespace(routed_ffn_workspace=lambda *sizes: workspace_sizes.append(sizes) or 256)
+    monkeypatch.setattr(implementation, "extension", lambda: compiled)
+    monkeypatch.setattr(implementation, "launch", launch)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(implementation, "ONE_CALL_BYTES", 7 * 2 * 12 * 2)
+    x, gate, w13, w2 = (torch.zeros(size, dtype=BF16) for size in [(tokens, 16), (4, 16), (4, 24, 16), (4, 16, 12)])
+    out, probs, counts = implementation.routed_ffn(x, gate, w13, w2, None, 2)
+    assert seen == launches and out.shape == x.shape and probs.shape == (tokens, 4) and counts.shape == (4,)
+    assert workspace_sizes == [(tokens, 16, 12 if len(launches) == 1 else 0, 4, 2)]
 
 
 def test_autocast_casts_what_the_experts_see():

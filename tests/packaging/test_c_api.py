@@ -18,7 +18,7 @@ KERNELS = Path(cuda_impl.__file__).parents[1]
 ROW_OPS = {"permute": 4, "unpermute": 5, "unpermute_backward": 6}  # and how many addresses they take
 PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_gemm_dw": 4, "grouped_swiglu": 5, "grouped_dswiglu": 9}
 LAYER = "routed_ffn"
-LAYER_FUNCTIONS = {LAYER, "routed_ffn_workspace"}
+LAYER_FUNCTIONS = {LAYER, "routed_ffn_products", "routed_ffn_combine", "routed_ffn_workspace"}
 ROUTING_OPS = {"router_logits": 3, "topk_softmax": 4, "topk_softmax_backward": 5, "routing_plan": 8, "route": 13}
 NUM_ADDRESSES = {**ROW_OPS, **PRODUCTS, **ROUTING_OPS}
 BAD_DTYPE = 7
@@ -245,8 +245,18 @@ def layer_arguments(
     ],
 )  # fmt: skip
 def test_wrong_arguments_of_the_layer_are_refused(wrong):
-    with pytest.raises(RuntimeError, match=r"^routed_ffn: CUDA error 1 \(cudaErrorInvalidValue\)"):
-        getattr(cuda_impl.extension(), LAYER)(*layer_arguments(**wrong))
+    given = layer_arguments(**wrong)
+    for op, arguments in [(LAYER, given), ("routed_ffn_products", given[1:])]:  # one address less
+        with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
+            getattr(cuda_impl.extension(), op)(*arguments)
+
+
+@needs_products
+@pytest.mark.parametrize("wrong", [{"rows": -1}, {"rows": 2**30}, {"top_k": 0}, {"dtype": BAD_DTYPE}])
+def test_wrong_arguments_of_the_layers_combine_are_refused(wrong):
+    rows, depth, _, experts, top_k, dtype, *_ = layer_arguments(**wrong)[9:]
+    with pytest.raises(RuntimeError, match=r"^routed_ffn_combine: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        cuda_impl.extension().routed_ffn_combine(0, 0, 0, rows, depth, experts, top_k, dtype, 0)
 
 
 @needs_products
@@ -258,5 +268,7 @@ def test_workspace_of_the_layer_holds_its_parts():
         parts = 2 * slots * (depth + hidden) + 4 * (4 * slots + experts + 1 + 2 * tiles) + module.ROUTING_WORKSPACE
         size = module.routed_ffn_workspace(rows, depth, hidden, experts, top_k)
         assert parts <= size <= parts + 256 * 10
+        activation = -(-2 * slots * hidden // 256) * 256
+        assert module.routed_ffn_workspace(rows, depth, 0, experts, top_k) == size - activation
     with pytest.raises(RuntimeError, match="routed_ffn_workspace"):
         module.routed_ffn_workspace(-1, 8, 8, 1, 1)
