@@ -48,8 +48,12 @@ class GraphCapture:
             raise NotCapturable(_reason(error)) from error
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may go on using the device: only what this one does belongs to the graph.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            # The outer context gives the caller's stream back, which torch forgets where a capture's end fails. Other
+            # threads may go on using the device: only what this one does belongs to the graph.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 step()
         except Exception as error:
             self._recover()

@@ -29,7 +29,7 @@ CHECKPOINTS, MODEL_FILE, CLASSES_FILE, METRICS_FILE = (
     "metrics.jsonl",
 )
 # Settings that may change when a run goes on: how far, and where its memory is.
-_FREE_SETTINGS = ("steps", "recompute_blocks", "ema_device")
+_FREE_SETTINGS = ("steps", "recompute_blocks", "cuda_graph", "ema_device")
 
 
 class RunFolder:

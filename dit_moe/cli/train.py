@@ -59,6 +59,7 @@ def train(
     dtype: options.PrecisionOption = options.TrainPrecision.fp32,
     micro_batches: options.MicroBatches = 1,
     recompute_blocks: options.RecomputeBlocks = 0,
+    cuda_graph: options.CudaGraph = True,
     moments: options.Moments = options.StateDtype.fp32,
     ema_dtype: options.EmaDtype = options.StateDtype.fp32,
     ema_device: options.EmaDeviceOption = options.EmaDevice.model,
@@ -93,7 +94,7 @@ def train(
             learning_rate=lr, warmup_steps=warmup_steps, schedule=schedule.value, beta2=beta2,
             weight_decay=weight_decay, ema_decay=ema_decay, grad_clip=grad_clip, dtype=dtype.value,
             moments=moments.value, ema_dtype=ema_dtype.value, ema_device=ema_device.value, ema_every=ema_every,
-            recompute_blocks=recompute_blocks, flip=flip, seed=seed,
+            recompute_blocks=recompute_blocks, cuda_graph=cuda_graph, flip=flip, seed=seed,
         )  # fmt: skip
         shape = dict(
             patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,

@@ -109,6 +109,14 @@ MicroBatches = Annotated[
 RecomputeBlocks = Annotated[
     int, typer.Option(help="Blocks that run again in the backward pass.", rich_help_panel=_MEMORY)
 ]
+CudaGraph = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graph/--no-cuda-graph",
+        help="Run forward and backward as one CUDA graph, where one process trains on a GPU.",
+        rich_help_panel=_MEMORY,
+    ),
+]
 Moments = Annotated[StateDtype, typer.Option(help="Dtype of AdamW's moments.", rich_help_panel=_MEMORY)]
 EmaDtype = Annotated[StateDtype, typer.Option(help="Dtype of the averaged weights.", rich_help_panel=_MEMORY)]
 EmaDeviceOption = Annotated[

@@ -38,6 +38,8 @@ class TrainingSettings:
         ema_device: "model", or "cpu" to keep them in the host's memory; each update then waits for the device.
         ema_every: steps between updates of the averaged weights, whose decay is then that of all these steps.
         recompute_blocks: blocks, spread evenly, that keep only their input for the backward pass and run again there.
+        cuda_graph: run a micro-batch's forward and backward pass as one CUDA graph, where one process trains on a GPU;
+            same results, its activations' memory stays allocated.
         flip: mirror every other image at random; wrong for digits and letters.
         seed: of the order of images, times, noise, dropped classes and flips; at least 0.
 
@@ -63,6 +65,7 @@ class TrainingSettings:
     ema_device: str = "model"
     ema_every: int = 1
     recompute_blocks: int = 0
+    cuda_graph: bool = True
     flip: bool = False
     seed: int = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..data import BatchOrder, TrainingData
 from ..model import DiT
 from ..parallel import ParallelConfig, full_state_dict, parallelize, unwrap
 from .averages import AveragedWeights
+from .graphed import GraphedBackward
 from .objectives import OBJECTIVES
 from .optimizer import AdamW
 from .recompute import recompute
@@ -78,6 +80,7 @@ class Trainer:
         self.averages = AveragedWeights(
             self.optimizer.weights, _DTYPES[settings.ema_dtype], settings.ema_device, settings.ema_every
         )
+        self._graphed = self._graph_for() if settings.cuda_graph else None
         self._generator = torch.Generator(self.device)
         self._cpu_generator = torch.Generator()
         config = self.config
@@ -265,19 +268,35 @@ class Trainer:
         posterior = None if draws.posterior is None else draws.posterior[part]
         x, class_ids = self.feed.batch(indices[part], draws.mirrored[part], posterior)
         class_ids = class_ids.masked_fill(draws.dropped[part], self.config.num_classes)
-        times, noise = draws.times[part], draws.noise[part]
-        x_t, model_times = self.objective.noised(x, times, noise)
+        run = self._differentiate if self._graphed is None else partial(self._graphed, self._differentiate)
         narrow = self._input_dtype == torch.bfloat16
         # DDP averages gradients once a step; sums of bf16 gradients are taken after each micro-batch's average instead.
         lonely = isinstance(self._replica, DistributedDataParallel) and not last and not narrow
         with self._replica.no_sync() if lonely else nullcontext():  # type: ignore[operator]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-                output, aux = self._replica(x_t.to(self._input_dtype), model_times, class_ids, return_aux=True)
-            loss = self.objective.losses(output, x, x_t, times, noise).mean()
-            ((loss + aux.balance_loss) / self.settings.micro_batches).backward()
+            loss, balance, loads = run(x, class_ids, draws.times[part], draws.noise[part])
         if self.settings.micro_batches > 1:
             self.optimizer.sum_gradients()
+        return loss, balance, loads
+
+    def _differentiate(self, x: Tensor, class_ids: Tensor, times: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """Forward and backward of these images, without anything random: what a CUDA graph may hold."""
+        x_t, model_times = self.objective.noised(x, times, noise)
+        # The cache of cast weights would carry tensors of a graph's memory, or of none, from one pass to another.
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=self._graphed is None
+        ):
+            output, aux = self._replica(x_t.to(self._input_dtype), model_times, class_ids, return_aux=True)
+        loss = self.objective.losses(output, x, x_t, times, noise).mean()
+        ((loss + aux.balance_loss) / self.settings.micro_batches).backward()
         return loss.detach(), aux.balance_loss.detach(), aux.tokens_per_expert
+
+    def _graph_for(self) -> GraphedBackward | None:
+        """Passes as CUDA graphs, where one process trains on a GPU: collective calls stay out of graphs."""
+        if self.device.type != "cuda" or self.parallel.data_parallel != "none":
+            return None
+        # Gradients in fp32 add up in place over the micro-batches; narrower ones go to the optimiser's sums.
+        adds_up = self.settings.micro_batches > 1 and self._input_dtype == torch.float32
+        return GraphedBackward(self.model, list(self.parameters.values()), accumulate=adds_up)
 
     def _update(self) -> tuple[Tensor, Tensor]:
         """Clip, update weights and averages: the gradient's norm, and the squared norm of each parameter's."""
