@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .rounding import round_stochastically_
+from .rounding import kernels_for, round_stochastically_
 from .shards import local_part
 
 _CHUNK = 64
@@ -34,6 +34,7 @@ class AveragedWeights:
             )
             for name, weight in self._weights.items()
         }
+        self._kernels = kernels_for(next(iter(self.tensors.values())).device)
         self.reset()
 
     @torch.no_grad()
@@ -57,8 +58,25 @@ class AveragedWeights:
         for decay in decays:
             share *= decay
         names = list(self.tensors)
+        if self._kernels is not None and all(self._suits(name) for name in names):
+            self._update_by_kernel(1 - share, generator)
+            return
         for start in range(0, len(names), _CHUNK):
             self._update(names[start : start + _CHUNK], 1 - share, generator)
+
+    def _suits(self, name: str) -> bool:
+        average, weight = local_part(self.tensors[name]), self._weights[name]
+        return average.dtype == torch.bfloat16 and average.is_contiguous() and weight.device == average.device
+
+    def _update_by_kernel(self, share: float, generator: torch.Generator | None) -> None:
+        assert self._kernels is not None
+        one = local_part(next(iter(self.tensors.values())))
+        random = self._kernels.next_bits(generator, one.device)
+        with torch.cuda.device_of(one):
+            for number, (name, tensor) in enumerate(self.tensors.items()):
+                if local_part(tensor).numel():
+                    weight = local_part(self._weights[name])
+                    self._kernels.average_(local_part(tensor), weight, share, random, number)
 
     def _update(self, names: list[str], share: float, generator: torch.Generator | None) -> None:
         averages = [local_part(self.tensors[name]) for name in names]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .rounding import round_stochastically_
+from .rounding import kernels_for, round_stochastically_
 from .shards import local_part
 
 _BUCKET_ELEMENTS = 64 * 2**20  # fp32 copies of a bucket's gradients and moments stay below 800 MB
@@ -16,6 +16,8 @@ _BUCKET_ELEMENTS = 64 * 2**20  # fp32 copies of a bucket's gradients and moments
 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2) by PyTorch's fused kernel.
+
+    State in bf16 is updated by a Triton kernel on a GPU, elsewhere by PyTorch's on fp32 copies.
 
     Parameters in bf16 get master weights in fp32, which the update changes and the parameters then follow; or, without
     masters, are updated in fp32 and rounded stochastically. DTensors are updated shard by shard. Nothing waits for the
@@ -62,6 +64,8 @@ class AdamW:
         self.updates = torch.zeros(1, device=device)
         self._sums: dict[str, Tensor] = {}
         self._buckets = list(_buckets(self.parameters))
+        self._numbers = {name: number for number, name in enumerate(self.parameters)}
+        self._kernels = kernels_for(device)
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient of each parameter that has one: in fp32 after `sum_gradients`, else as backward left it."""
@@ -106,11 +110,49 @@ class AdamW:
             generator: source of stochastic rounding, on the device.
         """
         gradients = self.gradients()
+        by_kernel = {name for name in gradients if self._kernels is not None and self._is_narrow(name)}
+        if by_kernel:
+            self._step_by_kernel(by_kernel, gradients, learning_rate, divisor, skip, generator)
         for bucket in self._buckets:
-            names = [name for name in bucket if name in gradients]
+            names = [name for name in bucket if name in gradients and name not in by_kernel]
             if names:
                 self._step_bucket(names, gradients, learning_rate, divisor, skip, generator)
         self.updates += 1 if skip is None else 1 - skip
+
+    def _kept(self, name: str) -> list[Tensor]:
+        return [local_part(tensors[name]) for tensors in (self.weights, self.exp_avg, self.exp_avg_sq)]
+
+    def _is_narrow(self, name: str) -> bool:
+        """Whether a parameter has elements here whose state is kept in bf16, as the kernel wants it."""
+        kept = self._kept(name)
+        narrow = any(tensor.dtype == torch.bfloat16 for tensor in kept)
+        return narrow and kept[0].numel() > 0 and all(tensor.is_contiguous() for tensor in kept)
+
+    def _step_by_kernel(
+        self,
+        names: set[str],
+        gradients: dict[str, Tensor],
+        learning_rate: float,
+        divisor: Tensor | None,
+        skip: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        assert self._kernels is not None
+        done = (self.updates + 1).double()
+        corrections = 1 - self.betas[0] ** done, (1 - self.betas[1] ** done).sqrt()
+        divisor = torch.ones_like(self.updates) if divisor is None else divisor.view(1)
+        skip = torch.zeros_like(self.updates) if skip is None else skip.view(1)
+        scalars = torch.cat([*(correction.float() for correction in corrections), divisor, skip])
+        random = self._kernels.next_bits(generator, self.updates.device)
+        ordered = [name for name in self.parameters if name in names]
+        with torch.cuda.device_of(self.updates):
+            for name in ordered:
+                weight, *moments = self._kept(name)
+                self._kernels.adamw_(
+                    weight, local_part(gradients[name]), *moments, scalars, random, self._numbers[name],
+                    learning_rate=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps,
+                )  # fmt: skip
+        self.copy_weights(ordered)
 
     def _step_bucket(
         self,
