@@ -42,10 +42,12 @@ def _store(ptr, x, noise, mask):
 
 
 @triton.jit
-def _random(offsets, seed, counter, tensor, PURPOSE: tl.constexpr):
-    zero = (offsets * 0).to(tl.uint32)
+def _random(block, seed, counter, tensor, PURPOSE: tl.constexpr, COUNT: tl.constexpr):
+    """Four times 32 random bits for each of COUNT groups of elements of a block."""
+    groups = (block * COUNT + tl.arange(0, COUNT)).to(tl.uint32)
+    zero = groups * 0
     # Seven rounds are the fewest that pass all statistical tests (Salmon et al. 2011, table 2).
-    return tl.philox(seed, offsets.to(tl.uint32), zero + tensor, zero + counter, zero + PURPOSE, n_rounds=7)
+    return tl.philox(seed, groups, zero + tensor, zero + counter, zero + PURPOSE, n_rounds=7)
 
 
 @triton.jit(do_not_specialize=["seed", "counter", "tensor"])
@@ -80,10 +82,12 @@ def _adamw_kernel(
         exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * gradient * gradient
         weight -= learning_rate * weight_decay * weight
         weight -= learning_rate / correction1 * exp_avg / (tl.sqrt(exp_avg_sq) / root2 + eps)
-        noise0, noise1, noise2, _ = _random(offsets, seed, counter, tensor, PURPOSE)
-        _store(weight_ptr + offsets, weight, noise0, mask)
-        _store(exp_avg_ptr + offsets, exp_avg, noise1, mask)
-        _store(exp_avg_sq_ptr + offsets, exp_avg_sq, noise2, mask)
+        # Two neighbours share a Philox number: each takes 16 bits for its weight, 16 and 16 for its moments.
+        bits0, bits1, bits2, bits3 = _random(tl.program_id(0), seed, counter, tensor, PURPOSE, BLOCK // 2)
+        first, second = tl.interleave(bits0, bits1), tl.interleave(bits2, bits3)
+        _store(weight_ptr + offsets, weight, first, mask)
+        _store(exp_avg_ptr + offsets, exp_avg, first >> 16, mask)
+        _store(exp_avg_sq_ptr + offsets, exp_avg_sq, second, mask)
 
 
 @triton.jit(do_not_specialize=["seed", "counter", "tensor"])
@@ -103,7 +107,9 @@ def _average_kernel(
     average = tl.load(average_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     average += share * (weight - average)
-    noise, _, _, _ = _random(offsets, seed, counter, tensor, PURPOSE)
+    # Four neighbours share a Philox number.
+    bits0, bits1, bits2, bits3 = _random(tl.program_id(0), seed, counter, tensor, PURPOSE, BLOCK // 4)
+    noise = tl.interleave(tl.interleave(bits0, bits2), tl.interleave(bits1, bits3))
     _store(average_ptr + offsets, average, noise, mask)
 
 
