@@ -11,6 +11,7 @@ from benchmarks import emoji
 from dit_moe.data import ImageDataset
 
 
+@pytest.mark.slow  # two trainings and two samplings under Triton's interpreter: 46 s
 def test_tiny_run_trains_both_for_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
     data = ImageDataset("noise", pictures, torch.arange(16) % 2, ("a", "b"))
