@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configs = {"moe": moe, "dense": dense_config(moe, "flops")}
     steps = args.steps or _steps_in(args.minutes * 60, moe, data, args)
     features = None if args.no_features else feature_network(args.device)
+    real = None if features is None else features(data.images)
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randint(len(data), (args.samples,), generator=generator)
     noise = torch.randn(args.samples, 3, args.image_size, args.image_size, generator=generator)
@@ -58,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {steps} steps", flush=True)
         models[name], images = _train_and_sample(name, config, data, steps, noise, data.class_ids[chosen], rows, args)
         save_grid(args.out / f"{name}.png", images[:100].permute(0, 2, 3, 1).numpy(), scale=2)
-        if features is not None:
-            models[name]["frechet"] = frechet(features(data.images), features(images))
+        if features is not None and real is not None:
+            models[name]["frechet"] = frechet(real, features(images))
     with open(args.out / "losses.csv", "w", newline="") as file:
         csv.writer(file).writerows([["model", "step", "loss", "balance_loss", "grad_norm"], *rows])
     result = {
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "samples": args.samples,
         "models": models,
     }
-    if features is not None:
-        halves = features(data.images)[torch.randperm(len(data), generator=generator)].chunk(2)
+    if real is not None:
+        halves = real[torch.randperm(len(data), generator=generator)].chunk(2)
         result["frechet_real_halves"] = frechet(*halves)
     (args.out / "result.json").write_text(json.dumps(result, indent=1))
     print(markdown(result))

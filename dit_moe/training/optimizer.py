@@ -64,7 +64,6 @@ class AdamW:
         self.updates = torch.zeros(1, device=device)
         self._sums: dict[str, Tensor] = {}
         self._buckets = list(_buckets(self.parameters))
-        self._numbers = {name: number for number, name in enumerate(self.parameters)}
         self._kernels = kernels_for(device)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -120,6 +119,7 @@ class AdamW:
         self.updates += 1 if skip is None else 1 - skip
 
     def _kept(self, name: str) -> list[Tensor]:
+        """What lies here of a parameter's weight and its two moments."""
         return [local_part(tensors[name]) for tensors in (self.weights, self.exp_avg, self.exp_avg_sq)]
 
     def _is_narrow(self, name: str) -> bool:
@@ -144,15 +144,16 @@ class AdamW:
         skip = torch.zeros_like(self.updates) if skip is None else skip.view(1)
         scalars = torch.cat([*(correction.float() for correction in corrections), divisor, skip])
         random = self._kernels.next_bits(generator, self.updates.device)
-        ordered = [name for name in self.parameters if name in names]
         with torch.cuda.device_of(self.updates):
-            for name in ordered:
+            for number, name in enumerate(self.parameters):
+                if name not in names:
+                    continue
                 weight, *moments = self._kept(name)
                 self._kernels.adamw_(
-                    weight, local_part(gradients[name]), *moments, scalars, random, self._numbers[name],
+                    weight, local_part(gradients[name]), *moments, scalars, random, number,
                     learning_rate=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps,
                 )  # fmt: skip
-        self.copy_weights(ordered)
+        self.copy_weights(list(names))
 
     def _step_bucket(
         self,
@@ -163,9 +164,7 @@ class AdamW:
         skip: Tensor | None,
         generator: torch.Generator | None,
     ) -> None:
-        kept = [
-            local_part(tensors[name]) for tensors in (self.weights, self.exp_avg, self.exp_avg_sq) for name in names
-        ]
+        kept = [tensor for tensors in zip(*map(self._kept, names), strict=True) for tensor in tensors]
         new = [tensor.float() for tensor in kept]  # the tensor itself where it is fp32
         count = len(names)
         adamw(

@@ -164,7 +164,8 @@ importlib.machinery.PathFinder.find_spec = find_visible
 import torch, dit_moe, dit_moe_kernels
 for package in (dit_moe_kernels, dit_moe):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not any(part in module.name for part in ("triton_impl", "update_kernels", "dit_moe_kernels._C", "__main__")):
+        alone = module.name in ("dit_moe_kernels._C", "dit_moe.training.update_kernels")
+        if not alone and "triton_impl" not in module.name and "__main__" not in module.name:
             importlib.import_module(module.name)
 assert not hidden & set(sys.modules), hidden & set(sys.modules)
 assert "nvcc" in dit_moe_kernels.availability("cuda") and "triton" in dit_moe_kernels.availability("triton")
