@@ -22,6 +22,10 @@ def plan(
     images: Annotated[int, typer.Option(min=1, help="Images per GPU and step.")] = 32,
     recompute: Annotated[bool, typer.Option(help="Run blocks again in the backward pass.")] = False,
     keep_gathered: Annotated[bool, typer.Option(help="Keep gathered weights for the backward pass.")] = False,
+    weights: Annotated[
+        int, typer.Option(min=2, help="Bytes of weights and masters per parameter.")
+    ] = StateBytes.weights,
+    gradients: Annotated[int, typer.Option(min=2, help="Bytes of gradients per parameter.")] = StateBytes.gradients,
     moments: Annotated[int, typer.Option(min=0, help="Bytes of AdamW's moments per parameter.")] = StateBytes.moments,
     averages: Annotated[int, typer.Option(min=0, help="Bytes of the averages per parameter.")] = StateBytes.averages,
     gpus_per_host: Annotated[int, typer.Option(min=1, help="GPUs on fast links.")] = Machine.gpus_per_host,
@@ -36,7 +40,7 @@ def plan(
     with reported_errors():
         config = model_config(preset)
         parallel = ParallelConfig(data_parallel, expert_parallel, reshard_after_forward=not keep_gathered)
-        state = StateBytes(moments=moments, averages=averages)
+        state = StateBytes(weights, gradients, moments, averages)
         machine = Machine(gpus_per_host, flops, host_bandwidth, network_bandwidth)
         held = memory(config, parallel, ranks, images, state)
         sent = traffic(config, parallel, ranks, images, recompute=recompute, state=state)

@@ -13,8 +13,12 @@ from .config import ParallelConfig
 class StateBytes:
     """Bytes that training keeps for each parameter; the defaults are fp32 for everything.
 
+    The least are 8: "bf16-stochastic" weights without masters (2), their gradients (2), bf16 moments (4), and averages
+    in the host's memory.
+
     Args:
-        weights: 4 in fp32, also under bf16 autocast; 6 for bf16 weights with fp32 master weights.
+        weights: 4 in fp32, also under bf16 autocast; 6 for bf16 weights with fp32 master weights, but 4 with FSDP,
+            whose fp32 parts are the masters; 2 for bf16 weights without masters.
         gradients: of the weights' dtype.
         moments: AdamW's two, 8 in fp32 and 4 in bf16.
         averages: of the weights; 0 where they lie in the host's memory.

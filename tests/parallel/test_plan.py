@@ -14,7 +14,8 @@ from dit_moe.parallel.plan import Machine, StateBytes, memory, step_seconds, tra
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/parallel.md"
 GIB = 2**30
-BF16_MASTER = StateBytes(weights=6, gradients=2, moments=4, averages=0)
+FP32_PARTS = StateBytes(moments=4, averages=0)  # bf16-weights with FSDP
+STOCHASTIC = StateBytes(weights=2, gradients=2, moments=4, averages=0)
 
 # model, data_parallel, expert_parallel, ranks, images per rank, state
 MEMORY = [
@@ -24,7 +25,8 @@ MEMORY = [
     ("DiT-MoE-XL/2-8E2A", "fsdp", 2, 2, 32, StateBytes()),
     ("DiT-MoE-XL/2-8E2A", "fsdp", 8, 8, 32, StateBytes()),
     ("DiT-MoE-G/2-16E2A", "fsdp", 2, 2, 16, StateBytes()),
-    ("DiT-MoE-G/2-16E2A", "fsdp", 2, 2, 16, BF16_MASTER),
+    ("DiT-MoE-G/2-16E2A", "fsdp", 2, 2, 16, FP32_PARTS),
+    ("DiT-MoE-G/2-16E2A", "fsdp", 2, 2, 16, STOCHASTIC),
     ("DiT-MoE-G/2-16E2A", "fsdp", 8, 8, 32, StateBytes()),
     ("DiT-MoE-G/2-16E2A", "fsdp", 8, 64, 32, StateBytes()),
 ]
@@ -125,5 +127,10 @@ def test_command():
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "8.88" in result.output and "18.87" in result.output  # GiB of weights; MB of one all-to-all
+    arguments = ["plan", "DiT-MoE-G/2-16E2A", "--ranks", "2", "--expert-parallel", "2", "--images", "16"]
+    eight = ["--weights", "2", "--gradients", "2", "--moments", "4", "--averages", "0"]
+    result = CliRunner().invoke(app, [*arguments, *eight])
+    assert result.exit_code == 0, result.output
+    assert "15.37" in result.output and "30.74" in result.output  # GiB of 16,503,948,320 / 2 parameters, at 2 and 4 B
     result = CliRunner().invoke(app, ["plan", "DiT-MoE-XL/2-8E2A", "--ranks", "6", "--expert-parallel", "4"])
     assert result.exit_code == 1 and "divisor of the 6 ranks" in result.output

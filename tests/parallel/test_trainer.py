@@ -42,6 +42,7 @@ def two(folder: Path) -> dict[str, list[Any]]:
         scenarios.trainer_variants,
         scenarios.trainer_saves,
         scenarios.trainer_resumes,
+        scenarios.trainer_least_state,
         scenarios.trainer_stops,
         scenarios.trainer_breaks,
         scenarios.trainer_samples,
@@ -104,6 +105,25 @@ def test_resumed_ranks_end_as_unbroken_ones_bit_for_bit(two):
         for rank in range(2):
             for name, tensor in ends[rank][saved].items():
                 assert torch.equal(tensor, again[rank][key][name]), (saved, name)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_ep2"])
+def test_eight_bytes_a_parameter_train_and_resume(two, name):
+    """bf16 weights without masters, bf16 moments, averages in the host's memory, as G on two 80 GB GPUs needs."""
+    ranks = [results[name] for results in two["trainer_least_state"]]
+    steps = scenarios.LEAST_STATE["steps"]
+    expected = [report["loss"] for report in scenarios.trained(steps=steps)["reports"]]  # fp32, one process
+    # Weights of 8 bits and bf16 products: a hundredth is four roundings of bf16.
+    torch.testing.assert_close(torch.tensor(ranks[0]["losses"]), torch.tensor(expected), rtol=1e-2, atol=0)
+    for rank in ranks:
+        for key, tensor in rank["state"].items():
+            assert tensor.isfinite().all() and torch.equal(tensor, rank["again"][key]), key
+        held = rank["bytes"]
+        per_element = {part: size / held["elements"] for part, size in held.items() if part != "elements"}
+        assert per_element == {"weights": 2, "parameters": 2, "gradients": 2, "moments": 4, "averages": 4}
+    for key, tensor in ranks[0]["average"].items():
+        if key != "pos_embed":
+            torch.testing.assert_close(tensor, ranks[0]["state"][f"ema.{key}"], rtol=0, atol=0)
 
 
 def test_checkpoints_are_read_however_a_run_is_spread(two, folder):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_moe import DiT, DiTConfig
 from dit_moe.data import ImageDataset
-from dit_moe.parallel import ParallelConfig, full_state_dict
+from dit_moe.parallel import ParallelConfig, full_state_dict, local_tensor
 from dit_moe.runs import RunFolder
 from dit_moe.training import Trainer, TrainingDivergedError, TrainingReport, TrainingSettings
 from dit_moe.training.ranks import AgreedStop
@@ -121,6 +121,52 @@ def trainer_resumes(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
         run.run()
         ends[saved, parallel.data_parallel, parallel.expert_parallel] = whole(run)
     return ends
+
+
+LEAST_STATE: dict[str, Any] = {
+    "steps": 12, "dtype": "bf16-stochastic", "moments": "bf16", "ema_device": "cpu", "ema_every": 2,
+    "recompute_blocks": 2,
+}  # fmt: skip
+
+
+def trainer_least_state(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
+    """Eight bytes a parameter, saved after 6 of 12 steps and taken up again: losses, ends and bytes of this rank."""
+    found = {}
+    for name, parallel in (("fsdp", FSDP), ("fsdp_ep2", FSDP_EP2)):
+        run, reports = new_trainer(parallel, **LEAST_STATE), []
+        place = RunFolder(folder.parent / f"least_{name}", keep=1)
+        run.run(until=6, report_every=1, on_report=reports.append)
+        place.save(run)
+        run.run(report_every=1, on_report=reports.append)
+        again = new_trainer(parallel, seed=rank + 5, **LEAST_STATE)
+        place.resume(again)
+        again.run()
+        average = run.averaged_model()
+        found[name] = {
+            "losses": [report.loss for report in reports],
+            "state": whole(run),
+            "again": whole(again),
+            "average": None if average is None else average.state_dict(),
+            "bytes": bytes_held(run),
+        }
+    return found
+
+
+def bytes_held(run: Trainer) -> dict[str, int]:
+    """Bytes of this rank's parts, the gradients being those of one more step, and elements in all."""
+    seen: dict[str, Tensor] = {}
+    run.optimizer.step = lambda *args, **options: seen.update(run.optimizer.gradients())  # type: ignore[method-assign]
+    run.train_step()
+    optimizer = run.optimizer
+    parts = {
+        "weights": optimizer.weights.values(),
+        "parameters": run.parameters.values(),
+        "gradients": seen.values(),
+        "moments": [*optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values()],
+        "averages": run.averages.tensors.values(),
+    }
+    held = {name: sum(local_tensor(tensor.detach()).nbytes for tensor in tensors) for name, tensors in parts.items()}
+    return held | {"elements": sum(local_tensor(param.detach()).numel() for param in run.parameters.values())}
 
 
 def trainer_stops(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
