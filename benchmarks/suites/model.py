@@ -23,7 +23,7 @@ from ..results import Row
 from .base import Choice, Suite, Task, choose, choose_providers
 
 _CHECK_DEPTH = 2  # blocks of the copy whose results are compared with fp32: a whole XL in fp32 would not fit twice
-_CHECK_BATCH = 2
+_CHECK_BATCH = 8  # images: enough tokens that those which rounding sends to another expert are as many in both results
 
 
 def plan_model(choice: Choice) -> list[Task]:
