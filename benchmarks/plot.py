@@ -166,13 +166,16 @@ def _latency(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
         return None
     sides = sorted({_pixels(row) for row in rows})
     batches = sorted({row.batch or 0 for row in rows})
-    batches = batches if len(batches) <= 3 else [batches[0], batches[len(batches) // 2], batches[-1]]
+    batches = sorted(sorted(batches, key=lambda batch: -sum(row.batch == batch for row in rows))[:3])  # the fullest
     figure = Figure(figsize=(5.2 * len(sides) + 3.2, 3.7 * len(batches) + 0.8), layout="constrained")
     axes = figure.subplots(len(batches), len(sides), squeeze=False)
     for line, batch in enumerate(batches):
         for column, side in enumerate(sides):
             panel = axes[line][column]
             chosen = [row for row in rows if row.batch == batch and _pixels(row) == side]
+            if not chosen:
+                panel.set_axis_off()
+                continue
             for provider in sorted({row.provider for row in chosen}, key=_order):
                 label, colour, marker = _style(provider)
                 own = [row for row in chosen if row.provider == provider]
