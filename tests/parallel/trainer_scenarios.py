@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dit_moe import DiT, DiTConfig
 from dit_moe.data import ImageDataset
-from dit_moe.parallel import ParallelConfig, full_state_dict, local_tensor
+from dit_moe.parallel import ParallelConfig, full_state_dict
 from dit_moe.runs import RunFolder
 from dit_moe.training import Trainer, TrainingDivergedError, TrainingReport, TrainingSettings
 from dit_moe.training.ranks import AgreedStop
+from dit_moe.training.shards import local_part
 
 from .scenarios import DDP, DDP_EP2, FSDP, FSDP_EP2
 
@@ -165,8 +166,8 @@ def bytes_held(run: Trainer) -> dict[str, int]:
         "moments": [*optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values()],
         "averages": run.averages.tensors.values(),
     }
-    held = {name: sum(local_tensor(tensor.detach()).nbytes for tensor in tensors) for name, tensors in parts.items()}
-    return held | {"elements": sum(local_tensor(param.detach()).numel() for param in run.parameters.values())}
+    held = {name: sum(local_part(tensor).nbytes for tensor in tensors) for name, tensors in parts.items()}
+    return held | {"elements": sum(local_part(param).numel() for param in run.parameters.values())}
 
 
 def trainer_stops(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
