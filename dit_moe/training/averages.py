@@ -9,12 +9,16 @@ from torch import Tensor
 
 from .rounding import kernels_for, round_stochastically_
 from .shards import local_part
+from .staging import Piece, update_staged
 
 _CHUNK = 64
 
 
 class AveragedWeights:
     """Averages of named weights, on their device or in the host's memory.
+
+    Averages that the host keeps of weights on a GPU are updated on the GPU, in pieces that are copied there and back;
+    the same draws give the same bits as averages that lie there.
 
     Args:
         weights: name -> weight, the same live tensors at each update.
@@ -30,11 +34,15 @@ class AveragedWeights:
         self.every = every
         self.tensors = {
             name: torch.empty_like(
-                weight, dtype=dtype, device="cpu" if device == "cpu" else weight.device, requires_grad=False
+                weight,
+                dtype=dtype,
+                device="cpu" if device == "cpu" else weight.device,
+                requires_grad=False,
+                memory_format=torch.contiguous_format,
             )
             for name, weight in self._weights.items()
         }
-        self._kernels = kernels_for(next(iter(self.tensors.values())).device)
+        self._kernels = kernels_for(next(iter(self._weights.values())).device)
         self.reset()
 
     @torch.no_grad()
@@ -50,7 +58,7 @@ class AveragedWeights:
         Args:
             step: steps done, this one included.
             decays: of this step and of the every - 1 before it.
-            generator: source of stochastic rounding, on the averages' device.
+            generator: source of stochastic rounding, on the weights' device.
         """
         if step % self.every:
             return
@@ -58,15 +66,27 @@ class AveragedWeights:
         for decay in decays:
             share *= decay
         names = list(self.tensors)
-        if self._kernels is not None and all(self._suits(name) for name in names):
+        if any(local_part(self.tensors[name]).device != local_part(self._weights[name]).device for name in names):
+            self._update_staged(1 - share, generator)
+        elif self._kernels is not None and all(self.tensors[name].dtype == torch.bfloat16 for name in names):
             self._update_by_kernel(1 - share, generator)
-            return
-        for start in range(0, len(names), _CHUNK):
-            self._update(names[start : start + _CHUNK], 1 - share, generator)
+        else:
+            for start in range(0, len(names), _CHUNK):
+                self._update(names[start : start + _CHUNK], 1 - share, generator)
 
-    def _suits(self, name: str) -> bool:
-        average, weight = local_part(self.tensors[name]), self._weights[name]
-        return average.dtype == torch.bfloat16 and average.is_contiguous() and weight.device == average.device
+    def _update_staged(self, share: float, generator: torch.Generator | None) -> None:
+        averages = [local_part(tensor) for tensor in self.tensors.values()]
+        weights = [local_part(self._weights[name]) for name in self.tensors]
+        kernels = self._kernels if averages[0].dtype == torch.bfloat16 else None
+        random = None if kernels is None else kernels.next_bits(generator, weights[0].device)
+
+        def update(average: Tensor, piece: Piece) -> None:
+            if kernels is not None:
+                kernels.average_(average, piece.source, share, random, piece.number, piece.start)
+            else:
+                _mix([average], [piece.source.float()], share, generator)
+
+        update_staged(averages, weights, update)
 
     def _update_by_kernel(self, share: float, generator: torch.Generator | None) -> None:
         assert self._kernels is not None
@@ -80,11 +100,13 @@ class AveragedWeights:
 
     def _update(self, names: list[str], share: float, generator: torch.Generator | None) -> None:
         averages = [local_part(self.tensors[name]) for name in names]
-        weights = [local_part(self._weights[name]) for name in names]
-        # Cast over there: narrow weights take half the bytes to the host, and no fp32 copy on their own device.
-        weights = [weight.to(averages[0].device).float() for weight in weights]
-        if averages[0].dtype == torch.float32:
-            torch._foreach_lerp_(averages, weights, share)
-            return
-        for average, weight in zip(averages, weights, strict=True):
-            round_stochastically_(average, average.float().lerp_(weight, share), generator)
+        _mix(averages, [local_part(self._weights[name]).float() for name in names], share, generator)
+
+
+def _mix(averages: list[Tensor], weights: list[Tensor], share: float, generator: torch.Generator | None) -> None:
+    """averages += share * (weights - averages) by PyTorch, in fp32; bf16 averages are rounded stochastically."""
+    if averages[0].dtype == torch.float32:
+        torch._foreach_lerp_(averages, weights, share)
+        return
+    for average, weight in zip(averages, weights, strict=True):
+        round_stochastically_(average, average.float().lerp_(weight, share), generator)

@@ -312,8 +312,7 @@ class Trainer:
         self.optimizer.zero_gradients()
         done = self.step + 1
         decays = [settings.ema_decay_at(step) for step in range(max(0, done - settings.ema_every), done)]
-        on_cpu = settings.ema_device == "cpu"
-        self.averages.update(done, decays, self._cpu_generator if on_cpu else self._generator)
+        self.averages.update(done, decays, self._generator)
         return norm, squares
 
     def _check_fit(self) -> None:

@@ -90,7 +90,7 @@ def _adamw_kernel(
         _store(exp_avg_sq_ptr + offsets, exp_avg_sq, second, mask)
 
 
-@triton.jit(do_not_specialize=["seed", "counter", "tensor"])
+@triton.jit(do_not_specialize=["seed", "counter", "tensor", "first_block"])
 def _average_kernel(
     average_ptr,  # (N,) fp32 or bf16
     weight_ptr,  # (N,) fp32 or bf16
@@ -98,6 +98,7 @@ def _average_kernel(
     seed,
     counter,
     tensor,
+    first_block,
     N,
     PURPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -108,7 +109,7 @@ def _average_kernel(
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     average += share * (weight - average)
     # Four neighbours share a Philox number.
-    bits0, bits1, bits2, bits3 = _random(tl.program_id(0), seed, counter, tensor, PURPOSE, BLOCK // 4)
+    bits0, bits1, bits2, bits3 = _random(first_block + tl.program_id(0), seed, counter, tensor, PURPOSE, BLOCK // 4)
     noise = tl.interleave(tl.interleave(bits0, bits2), tl.interleave(bits1, bits3))
     _store(average_ptr + offsets, average, noise, mask)
 
@@ -144,7 +145,7 @@ def adamw_(
     )  # fmt: skip
 
 
-def average_(average: Tensor, weight: Tensor, share: float, random: RandomBits, tensor: int) -> None:
+def average_(average: Tensor, weight: Tensor, share: float, random: RandomBits, tensor: int, start: int = 0) -> None:
     """average += share * (weight - average) in fp32, in place, rounded stochastically where the average is bf16.
 
     Args:
@@ -152,10 +153,16 @@ def average_(average: Tensor, weight: Tensor, share: float, random: RandomBits, 
         weight: average's shape, fp32 or bf16.
         share: 0 to 1.
         random, tensor: seed and counter, and the tensor's number among those of the update.
+        start: place of the first element in that tensor, where average is a piece of it; a multiple of 1024.
+
+    Raises:
+        ValueError: another start: its elements would not get the bits that are theirs in the whole tensor.
     """
+    if start % _BLOCK:
+        raise ValueError(f"start: got {start}, expected a multiple of {_BLOCK}")
     count = average.numel()
     _average_kernel[(triton.cdiv(count, _BLOCK),)](
-        average, weight.contiguous(), share, random.seed, random.counter, tensor, count,
+        average, weight.contiguous(), share, random.seed, random.counter, tensor, start // _BLOCK, count,
         PURPOSE=_AVERAGE, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
