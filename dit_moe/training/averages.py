@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from dit_moe_kernels import average_, next_random_bits
 from torch import Tensor
 
-from .rounding import kernels_for, round_stochastically_
+from .rounding import has_kernels, round_stochastically_
 from .shards import local_part
 from .staging import Piece, update_staged
 
@@ -42,7 +43,7 @@ class AveragedWeights:
             )
             for name, weight in self._weights.items()
         }
-        self._kernels = kernels_for(next(iter(self._weights.values())).device)
+        self._by_kernel = dtype == torch.bfloat16 and has_kernels(next(iter(self._weights.values())).device)
         self.reset()
 
     @torch.no_grad()
@@ -68,7 +69,7 @@ class AveragedWeights:
         names = list(self.tensors)
         if any(local_part(self.tensors[name]).device != local_part(self._weights[name]).device for name in names):
             self._update_staged(1 - share, generator)
-        elif self._kernels is not None and all(self.tensors[name].dtype == torch.bfloat16 for name in names):
+        elif self._by_kernel:
             self._update_by_kernel(1 - share, generator)
         else:
             for start in range(0, len(names), _CHUNK):
@@ -77,26 +78,20 @@ class AveragedWeights:
     def _update_staged(self, share: float, generator: torch.Generator | None) -> None:
         averages = [local_part(tensor) for tensor in self.tensors.values()]
         weights = [local_part(self._weights[name]) for name in self.tensors]
-        kernels = self._kernels if averages[0].dtype == torch.bfloat16 else None
-        random = None if kernels is None else kernels.next_bits(generator, weights[0].device)
+        random = next_random_bits(generator, weights[0].device) if self._by_kernel else None
 
         def update(average: Tensor, piece: Piece) -> None:
-            if kernels is not None:
-                kernels.average_(average, piece.source, share, random, piece.number, piece.start)
+            if random is not None:
+                average_(average, piece.source, share, random, piece.number, piece.start)
             else:
                 _mix([average], [piece.source.float()], share, generator)
 
         update_staged(averages, weights, update)
 
     def _update_by_kernel(self, share: float, generator: torch.Generator | None) -> None:
-        assert self._kernels is not None
-        one = local_part(next(iter(self.tensors.values())))
-        random = self._kernels.next_bits(generator, one.device)
-        with torch.cuda.device_of(one):
-            for number, (name, tensor) in enumerate(self.tensors.items()):
-                if local_part(tensor).numel():
-                    weight = local_part(self._weights[name])
-                    self._kernels.average_(local_part(tensor), weight, share, random, number)
+        random = next_random_bits(generator, local_part(next(iter(self.tensors.values()))).device)
+        for number, (name, tensor) in enumerate(self.tensors.items()):
+            average_(local_part(tensor), local_part(self._weights[name]), share, random, number)
 
     def _update(self, names: list[str], share: float, generator: torch.Generator | None) -> None:
         averages = [local_part(self.tensors[name]) for name in names]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from dit_moe_kernels import adamw_, next_random_bits
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .rounding import kernels_for, round_stochastically_
+from .rounding import has_kernels, round_stochastically_
 from .shards import local_part
 
 _BUCKET_ELEMENTS = 64 * 2**20  # fp32 copies of a bucket's gradients and moments stay below 800 MB
@@ -64,7 +65,7 @@ class AdamW:
         self.updates = torch.zeros(1, device=device)
         self._sums: dict[str, Tensor] = {}
         self._buckets = list(_buckets(self.parameters))
-        self._kernels = kernels_for(device)
+        self._by_kernel = has_kernels(device)
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient of each parameter that has one: in fp32 after `sum_gradients`, else as backward left it."""
@@ -109,7 +110,7 @@ class AdamW:
             generator: source of stochastic rounding, on the device.
         """
         gradients = self.gradients()
-        by_kernel = {name for name in gradients if self._kernels is not None and self._is_narrow(name)}
+        by_kernel = {name for name in gradients if self._by_kernel and self._is_narrow(name)}
         if by_kernel:
             self._step_by_kernel(by_kernel, gradients, learning_rate, divisor, skip, generator)
         for bucket in self._buckets:
@@ -137,22 +138,20 @@ class AdamW:
         skip: Tensor | None,
         generator: torch.Generator | None,
     ) -> None:
-        assert self._kernels is not None
         done = (self.updates + 1).double()
         corrections = 1 - self.betas[0] ** done, (1 - self.betas[1] ** done).sqrt()
         divisor = torch.ones_like(self.updates) if divisor is None else divisor.view(1)
         skip = torch.zeros_like(self.updates) if skip is None else skip.view(1)
         scalars = torch.cat([*(correction.float() for correction in corrections), divisor, skip])
-        random = self._kernels.next_bits(generator, self.updates.device)
-        with torch.cuda.device_of(self.updates):
-            for number, name in enumerate(self.parameters):
-                if name not in names:
-                    continue
-                weight, *moments = self._kept(name)
-                self._kernels.adamw_(
-                    weight, local_part(gradients[name]), *moments, scalars, random, number,
-                    learning_rate=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps,
-                )  # fmt: skip
+        random = next_random_bits(generator, self.updates.device)
+        for number, name in enumerate(self.parameters):
+            if name not in names:
+                continue
+            weight, exp_avg, exp_avg_sq = self._kept(name)
+            adamw_(
+                weight, local_part(gradients[name]), exp_avg, exp_avg_sq, scalars, random, number,
+                learning_rate=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps,
+            )  # fmt: skip
         self.copy_weights(list(names))
 
     def _step_bucket(

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from dit_moe_kernels import availability
 from torch import Tensor
 
 
-def kernels_for(device: torch.device) -> ModuleType | None:
-    """The module of Triton kernels that update bf16 state on a device, or None where PyTorch has to."""
-    if device.type != "cuda" or availability("triton", device.type) is not None:
-        return None
-    from . import update_kernels
-
-    return update_kernels
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels update bf16 state in one pass on a device; elsewhere PyTorch has to."""
+    return device.type == "cuda" and availability("triton", device.type) is None
 
 
 def round_stochastically_(out: Tensor, x: Tensor, generator: torch.Generator | None = None) -> None:

@@ -3,7 +3,8 @@
 Ops, in the order of a layer: route, or router_logits, topk_softmax and make_routing_plan; then the fused expert_ffn,
 or permute, grouped_gemm, swiglu, grouped_gemm, unpermute. Around attention and experts: norm_modulate,
 residual_norm_modulate and qk_norm. All are torch.library ops with autograd.
-count_routing keeps histograms of which experts were chosen where, for analysis.
+count_routing keeps histograms of which experts were chosen where, for analysis. adamw_ and average_ update training
+state in one pass, rounded stochastically where it is kept in bf16.
 """
 
 from .activation import swiglu
@@ -19,21 +20,26 @@ from .route import Routing, route
 from .routed_ffn import routed_ffn
 from .router import router_logits, topk_softmax
 from .routing import RoutingPlan, make_routing_plan
+from .updates import RandomBits, adamw_, average_, next_random_bits
 
 __all__ = [
     "BACKENDS",
     "BackendUnavailableError",
     "KernelError",
+    "RandomBits",
     "RoutingCounts",
     "Routing",
     "RoutingPlan",
+    "adamw_",
     "availability",
+    "average_",
     "count_routing",
     "cuda_build_info",
     "current_backend",
     "expert_ffn",
     "grouped_gemm",
     "make_routing_plan",
+    "next_random_bits",
     "norm_modulate",
     "op_families",
     "permute",

@@ -29,6 +29,7 @@ _PREFERENCE = {
     "swiglu": ("triton", "reference"),
     "norm": ("triton", "reference"),
     "expert_ffn": ("cuda", "triton", "reference"),
+    "updates": ("triton", "reference"),
 }
 _MAX_EXPERTS = {"router": 64, "routing": 512}  # of the CUDA kernels
 _PRODUCTS = ("grouped_gemm", "expert_ffn")  # families whose CUDA kernels ask for more than the others'

@@ -26,6 +26,7 @@ from dit_moe_kernels.triton_impl import (
     router,
     routing,
     swiglu,
+    updates,
 )
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -126,6 +127,10 @@ def launch_everything(dtype: torch.dtype) -> None:
         permute.unpermute_backward(x, y, weights, plan.row_to_slot)
         swiglu.swiglu(h)
         swiglu.swiglu_backward(a, h)
+    _case["case"] = "updates"
+    state, scalars = torch.zeros(5000, dtype=dtype), torch.ones(4)
+    updates.adamw_(state, state, state, state, scalars, 2**40, 1, 2, 1e-4, 0.9, 0.999, 0.0, 1e-8)
+    updates.average_(state, state, 0.1, 2**40, 1, 2, 1024)
     for width, heads in [(384, 6), (1152, 16), (1408, 16), (66, 2)]:
         _case["case"] = f"norms, width {width}"
         launch_norms(torch.zeros(2, 8, width, dtype=dtype), torch.zeros(2, 8, 3, heads, width // heads, dtype=dtype))

@@ -88,6 +88,11 @@ def op_samples(target) -> dict[str, tuple]:
         "expert_ffn_backward": (
             rand(t, d), rand(n, 2 * f), rand(t, d), rand(e, 2 * f, d), rand(e, d, f), weights, *whole_plan, name,
         ),
+        "adamw_": (
+            rand(t, d), rand(t, d), rand(t, d), rand(t, d).square(), torch.eye(4, device=target.device)[:3].sum(0),
+            2**40, 1, 2, 0.1, 0.9, 0.99, 0.1, 1e-8, name,
+        ),
+        "average_": (rand(t, d), rand(t, d), 0.5, 2**40, 1, 2, 1024, name),
     }  # fmt: skip
 
 

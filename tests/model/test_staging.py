@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
+from dit_moe_kernels import RandomBits, availability, average_
 from torch import Tensor
 
 from dit_moe.training import staging
@@ -15,6 +16,7 @@ from dit_moe.training.staging import Piece, update_staged
 
 from .training_cases import SETTINGS, assert_equal, shaken, trainer
 
+BACKEND = "triton" if availability("triton", "cpu") is None else "reference"  # of tensors on the CPU
 SIZES = (0, 1, 1023, 1024, 5000, 3 * 2048, 0)  # in pieces of 2048 elements: 0, 1, 1, 1, 3, 3, 0
 
 
@@ -46,34 +48,23 @@ def test_what_does_not_fit_is_refused() -> None:
         update_staged(tensors, [torch.zeros(3, 4)], lambda copy, piece: None, slot_bytes=1000)
 
 
-def averages_of(weights: list[Tensor], kernels: object) -> AveragedWeights:
+def averages_of(weights: list[Tensor], by_kernel: bool) -> AveragedWeights:
     averages = AveragedWeights({str(number): weight for number, weight in enumerate(weights)}, torch.bfloat16)
-    averages._kernels = kernels  # type: ignore[assignment]
+    averages._by_kernel = by_kernel
     for average, value in zip(averages.tensors.values(), drawn(torch.bfloat16, 3), strict=True):
         average.copy_(value)
     return averages
 
 
-@pytest.fixture
-def interpreted() -> SimpleNamespace:
-    """The update kernels, with bits that do not ask a generator of a GPU."""
-    pytest.importorskip("triton")
-    from dit_moe.training import update_kernels as kernels
-
-    bits = kernels.RandomBits(2**40 + 1, 3)
-    return SimpleNamespace(average_=kernels.average_, next_bits=lambda generator, device: bits)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of the CPU, for Triton's interpreter")
-def test_pieces_get_the_bits_of_the_whole(interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = drawn(torch.bfloat16, 4)
-    whole, staged = averages_of(weights, interpreted), averages_of(weights, interpreted)
-    whole.update(1, [0.7])
+def test_pieces_get_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, bits = drawn(torch.bfloat16, 4), RandomBits(2**40 + 1, 3)
+    monkeypatch.setattr("dit_moe.training.averages.next_random_bits", lambda generator, device: bits)
+    monkeypatch.setattr("dit_moe.training.averages.average_", partial(average_, backend=BACKEND))
     monkeypatch.setattr("dit_moe.training.averages.update_staged", small_pieces)
+    whole, staged = averages_of(weights, by_kernel=True), averages_of(weights, by_kernel=True)
+    whole.update(1, [0.7])
     staged._update_staged(1 - 0.7, None)
     assert_equal(whole.tensors, staged.tensors)
-    with pytest.raises(ValueError, match="start: got 100, expected a multiple of 1024"):
-        interpreted.average_(weights[4], weights[4], 0.5, interpreted.next_bits(None, None), 0, 100)
 
 
 def small_pieces(*args: object) -> None:
@@ -82,7 +73,7 @@ def small_pieces(*args: object) -> None:
 
 def test_without_kernels_they_are_rounded_up_or_down_by_chance() -> None:
     weights = [weight.float() for weight in drawn(torch.bfloat16, 4)]
-    averages = averages_of(weights, None)
+    averages = averages_of(weights, by_kernel=False)
     exact = [torch.lerp(average.double(), weight.double(), 0.3) for average, weight in pairs(averages, weights)]
     averages._update_staged(0.3, torch.Generator().manual_seed(0))
     error = torch.cat([average.double() - x for average, x in pairs(averages, exact)])

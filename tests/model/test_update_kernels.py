@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
+from dit_moe_kernels import RandomBits, adamw_, average_
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
 from dit_moe.training.averages import AveragedWeights
 from dit_moe.training.optimizer import AdamW
-from dit_moe.training.update_kernels import RandomBits, adamw_, average_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = {"learning_rate": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
@@ -106,12 +105,52 @@ def test_average(dtype: torch.dtype) -> None:
     assert (error / distance).mean().abs() < 4 * (error / distance).std() / COUNT**0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_draws_the_same_bits(dtype: torch.dtype) -> None:
+    """A last bit of fp32 moves a rounding in one of thousands; other random bits would move a third of them."""
+    results = []
+    for backend in ("triton", "reference"):
+        state = [tensor.to(dtype) for tensor in drawn()]
+        adamw_(*state, scalars(3, 2.0), BITS, 3, **OPTIONS, backend=backend)
+        average, weight = (tensor.to(dtype) for tensor in drawn(1)[:2])
+        average_(average, weight, 0.3, BITS, 4, 2048, backend=backend)
+        results.append([state[0], state[2], state[3], average])
+    for left, right in zip(*results, strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+        else:
+            assert (left != right).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"start": 100}, ValueError, "start: got 100, expected a multiple of 1024"),
+        ({"average": torch.zeros(4, 3).T}, ValueError, "average: got strides"),
+        ({"average": torch.zeros(3, 4).half()}, TypeError, "average: got dtype torch.float16"),
+        ({"weight": torch.zeros(4, 3)}, ValueError, "weight: got shape"),
+    ],
+)
+def test_wrong_arguments_of_average_(changed: dict, error: type[Exception], message: str) -> None:
+    arguments = {"average": torch.zeros(3, 4), "weight": torch.zeros(3, 4), "share": 0.5, "random": BITS, "tensor": 0}
+    with pytest.raises(error, match=message):
+        average_(**{**arguments, **changed})
+
+
+def test_wrong_arguments_of_adamw_() -> None:
+    good = dict(zip(("weight", "gradient", "exp_avg", "exp_avg_sq"), drawn(), strict=True))
+    for name, value in (("exp_avg", torch.zeros(3)), ("gradient", torch.zeros(3)), ("scalars", torch.ones(3))):
+        arguments = {**good, "scalars": scalars(1), name: value.to(DEVICE)}
+        with pytest.raises(ValueError, match=f"{name}: got shape"):
+            adamw_(**arguments, random=BITS, tensor=0, **OPTIONS)
+
+
 def next_bits(counter: Iterator[int], generator: torch.Generator, device: torch.device) -> RandomBits:
     return RandomBits(1, next(counter))
 
 
 @pytest.mark.parametrize("masters", [False, True])
-def test_the_optimiser_and_averages_by_kernels(masters: bool) -> None:
+def test_the_optimiser_and_averages_by_kernels(masters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same classes' PyTorch path: as far apart as rounding may bring two runs of one."""
     runs = []
     for by_kernel in (True, False):
@@ -120,11 +159,9 @@ def test_the_optimiser_and_averages_by_kernels(masters: bool) -> None:
         optimizer = AdamW(dict(layer.named_parameters()), moments=torch.bfloat16, keep_masters=masters)
         averages = AveragedWeights(optimizer.weights, torch.bfloat16)
         generator, counter = torch.Generator(DEVICE).manual_seed(1), itertools.count()
-        if by_kernel:
-            kernels = SimpleNamespace(adamw_=adamw_, average_=average_, next_bits=partial(next_bits, counter))
-            optimizer._kernels = averages._kernels = kernels  # type: ignore[assignment]
-        else:
-            optimizer._kernels = averages._kernels = None
+        for module in ("optimizer", "averages"):
+            monkeypatch.setattr(f"dit_moe.training.{module}.next_random_bits", partial(next_bits, counter))
+        optimizer._by_kernel = averages._by_kernel = by_kernel
         for step in range(4):
             for param in layer.parameters():
                 param.grad = torch.randn_like(param) * 3
@@ -149,7 +186,7 @@ def test_a_generators_state_decides() -> None:
         torch.manual_seed(0)
         layer = nn.Linear(40, 30).bfloat16().cuda()
         optimizer = AdamW(dict(layer.named_parameters()), moments=torch.bfloat16, keep_masters=False)
-        assert optimizer._kernels is not None
+        assert optimizer._by_kernel
         generator = torch.Generator("cuda").manual_seed(seed)
         for _ in range(2):
             before = generator.get_offset()

