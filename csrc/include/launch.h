@@ -96,7 +96,8 @@ cudaError_t dit_moe_route(const void* x, const void* gate, float* weights, int32
 // ---- grouped products: for Hopper GPUs (sm_90a) only, in fp16 and bf16
 //
 // E experts' rows lie behind one another: expert e owns the rows expert_offsets[e] to expert_offsets[e + 1] - 1. Rows
-// from expert_offsets[E] on are neither used nor written. Widths are multiples of 8 and above 0, and pointers of 16
+// from expert_offsets[E] on are neither used nor written. Where E is 1, expert_offsets may be NULL, but for
+// dit_moe_grouped_gemm_dw: the expert owns all rows then. Widths are multiples of 8 and above 0, and pointers of 16
 // bytes; otherwise, too, the answer is cudaErrorInvalidValue. Sums are in fp32.
 
 // out[r] = w[e] x[r].

@@ -50,7 +50,7 @@ struct Config {
 };
 
 struct GroupedArguments {
-  const int32_t* offsets;  // (num_experts + 1,)
+  const int32_t* offsets;  // (num_experts + 1,), or null: one expert with all rows
   void* out;               // (rows, width)
   void* h;                 // (rows, 2 width), if kept
   int num_experts;
@@ -165,8 +165,8 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
  private:
   __device__ __forceinline__ Scheduler make_scheduler() const {
     const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
-    return Scheduler(arguments_.offsets, arguments_.num_experts, tiles_n, C::kGroupM, blockIdx.x / C::kCluster,
-                     gridDim.x / C::kCluster);
+    return Scheduler(arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, C::kGroupM,
+                     blockIdx.x / C::kCluster, gridDim.x / C::kCluster);
   }
 
   static __device__ __forceinline__ int row_of(const Tile& tile) { return tile.row + rank() * kTileM; }

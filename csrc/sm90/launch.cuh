@@ -17,7 +17,7 @@ namespace dit_moe::sm90 {
 struct Problem {
   const void* a;           // (rows, depth)
   const void* w;           // (num_experts, columns, depth), or (num_experts, depth, columns) if transposed
-  const int32_t* offsets;  // (num_experts + 1,)
+  const int32_t* offsets;  // (num_experts + 1,), or null where there is one expert
   void* out;               // (rows, width)
   void* h;                 // (rows, 2 width), or null
   int64_t rows, depth, width, num_experts;
@@ -36,7 +36,8 @@ inline bool valid(const Problem& problem) {
   }
   return problem.rows >= 0 && problem.rows <= std::numeric_limits<int32_t>::max() - 2 * kTileM &&
          valid_width(problem.depth) && valid_width(problem.width) && problem.num_experts > 0 &&
-         problem.num_experts <= std::numeric_limits<int32_t>::max() / kTileM;
+         problem.num_experts <= std::numeric_limits<int32_t>::max() / kTileM &&
+         (problem.offsets != nullptr || problem.num_experts == 1);
 }
 
 template <class Block>

@@ -27,15 +27,15 @@ __device__ __forceinline__ Place sweep(int number, int tiles_m, int tiles_n, int
   return {group * group_m + place - column * height, column};
 }
 
-// Tiles are numbered expert by expert.
+// Tiles are numbered expert by expert. Without offsets the only expert owns all rows.
 template <int kRows>
 class TileScheduler {
  public:
-  __device__ __forceinline__ TileScheduler(const int32_t* offsets, int num_experts, int tiles_n, int group_m, int first,
-                                           int step)
+  __device__ __forceinline__ TileScheduler(const int32_t* offsets, int num_rows, int num_experts, int tiles_n,
+                                           int group_m, int first, int step)
       : offsets_(offsets), num_experts_(num_experts), tiles_n_(tiles_n), group_m_(group_m), next_(first), step_(step) {
-    start_ = __ldg(offsets_);
-    end_ = num_experts_ > 0 ? __ldg(offsets_ + 1) : start_;
+    start_ = offsets == nullptr ? 0 : __ldg(offsets);
+    end_ = offsets == nullptr ? num_rows : __ldg(offsets + 1);
   }
 
   // False when no tile is left.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from dit_moe_kernels import swiglu
+from dit_moe_kernels import linear_swiglu
 from torch import Tensor, nn
 
 from .init import xavier_linear_, xavier_uniform_stacked_
@@ -16,7 +16,7 @@ class SwiGLU(nn.Module):
     Args:
         hidden_size: D, width of a token.
         expert_hidden_size: Fs, hidden width.
-        backend: backend of the activation, see `dit_moe_kernels.use_backend`.
+        backend: backend of gate, up and activation, see `dit_moe_kernels.use_backend`.
         device, dtype: of the weights.
     """
 
@@ -46,7 +46,7 @@ class SwiGLU(nn.Module):
             raise ValueError(f"x: got device {x_TD.device}, expected {self.w13.device} as the weights have")
         if x_TD.dtype != self.w13.dtype and not torch.is_autocast_enabled(x_TD.device.type):
             raise TypeError(f"x: got dtype {x_TD.dtype}, expected {self.w13.dtype} as the weights have")
-        return F.linear(swiglu(F.linear(x_TD, self.w13), backend=self.backend), self.w2)
+        return F.linear(linear_swiglu(x_TD, self.w13, backend=self.backend), self.w2)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.w2.shape[0]}, expert_hidden_size={self.w2.shape[1]}"

@@ -1,8 +1,8 @@
 """dit_moe_kernels: dropless mixture-of-experts ops for PyTorch, as Triton and CUDA kernels with a plain reference.
 
 Ops, in the order of a layer: route, or router_logits, topk_softmax and make_routing_plan; then the fused expert_ffn,
-or permute, grouped_gemm, swiglu, grouped_gemm, unpermute. Around attention and experts: norm_modulate,
-residual_norm_modulate and qk_norm. All are torch.library ops with autograd.
+or permute, grouped_gemm, swiglu, grouped_gemm, unpermute. For a shared expert: linear_swiglu. Around attention and
+experts: norm_modulate, residual_norm_modulate and qk_norm. All are torch.library ops with autograd.
 count_routing keeps histograms of which experts were chosen where, for analysis. adamw_ and average_ update training
 state in one pass, rounded stochastically where it is kept in bf16.
 """
@@ -13,6 +13,7 @@ from .counting import RoutingCounts, count_routing
 from .errors import BackendUnavailableError, KernelError
 from .expert_ffn import expert_ffn
 from .grouped_gemm import grouped_gemm
+from .linear_swiglu import linear_swiglu
 from .norm_modulate import norm_modulate, residual_norm_modulate
 from .permute import permute, unpermute
 from .qk_norm import qk_norm
@@ -38,6 +39,7 @@ __all__ = [
     "current_backend",
     "expert_ffn",
     "grouped_gemm",
+    "linear_swiglu",
     "make_routing_plan",
     "next_random_bits",
     "norm_modulate",

@@ -44,7 +44,7 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _swiglu_backward(grad, *ctx.saved_tensors, ctx.backend), None
+    return swiglu_backward(grad, *ctx.saved_tensors, ctx.backend), None
 
 
 _swiglu = define_op(
@@ -64,6 +64,6 @@ def _backward_fake(grad: Tensor, h: Tensor, backend: str) -> Tensor:
     return h.new_empty(h.shape)
 
 
-_swiglu_backward = define_op(
+swiglu_backward = define_op(  # by name of a backend that runs
     "swiglu_backward(Tensor grad, Tensor h, str backend) -> Tensor", _backward_impl, _backward_fake
 )

@@ -27,12 +27,13 @@ _PREFERENCE = {
     "permute": ("cuda", "triton", "reference"),
     "grouped_gemm": ("cuda", "triton", "reference"),
     "swiglu": ("triton", "reference"),
+    "linear_swiglu": ("cuda", "triton", "reference"),
     "norm": ("triton", "reference"),
     "expert_ffn": ("cuda", "triton", "reference"),
     "updates": ("triton", "reference"),
 }
 _MAX_EXPERTS = {"router": 64, "routing": 512}  # of the CUDA kernels
-_PRODUCTS = ("grouped_gemm", "expert_ffn")  # families whose CUDA kernels ask for more than the others'
+_PRODUCTS = ("grouped_gemm", "linear_swiglu", "expert_ffn")  # families whose CUDA kernels ask for more than the others'
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()  # .backend: what use_backend() set on this thread
 
@@ -117,6 +118,11 @@ def resolve(
         backend = getattr(_local, "backend", None) or "auto"
     many_experts = num_experts > _MAX_EXPERTS.get(family, num_experts)
     return _settle(backend, family, device, dtype, whole_chunks, many_experts)
+
+
+def companion(backend: str, family: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend of an op that another op's backward takes: that of its forward if it implements it, else the best."""
+    return backend if backend in _PREFERENCE[family] else _choose(family, device, dtype, True, False)
 
 
 def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:

@@ -31,7 +31,7 @@ def register_flop_formulas() -> None:
 
 
 def _product(x: Shape, w: Shape, *_: Any, **__: Any) -> int:
-    """x (rows, I) with w (E, O, I) or (I, O): a row meets one expert's weights; or (E, I): all of the router's."""
+    """x (rows, I) with w (E, O, I) or (I, O): a row meets one expert's weights; or (O, I): all of them."""
     return 2 * x[0] * w[-1] * w[-2]
 
 
@@ -58,6 +58,7 @@ def _routed_ffn(
 _FORMULAS: dict[str, Callable[..., int]] = {
     "route": _product,
     "router_logits": _product,
+    "linear_swiglu": _product,
     "routed_ffn": _routed_ffn,
     "grouped_gemm": _product,
     "grouped_gemm_dx": _product,

@@ -179,6 +179,12 @@ def swiglu_backward(dout_NF: Tensor, h_N2F: Tensor) -> Tensor:
     return torch.cat([dgate_NF, dout_NF * gate_NF * s_NF], dim=-1).to(h_N2F.dtype)
 
 
+def linear_swiglu(x_TD: Tensor, w13_2FD: Tensor) -> tuple[Tensor, Tensor]:
+    """swiglu(h), where h = x w13^T, whose first half of columns is the gate; also returns h."""
+    h_T2F = F.linear(x_TD, w13_2FD)
+    return swiglu(h_T2F), h_T2F
+
+
 def expert_ffn(
     x_TD: Tensor,
     w13_E2FD: Tensor,

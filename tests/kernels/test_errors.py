@@ -7,6 +7,7 @@ import torch
 from dit_moe_kernels import (
     expert_ffn,
     grouped_gemm,
+    linear_swiglu,
     make_routing_plan,
     permute,
     router_logits,
@@ -93,6 +94,14 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "swiglu: odd width": (lambda: swiglu(x(T, 7)), ValueError, "h.*got 7.*even"),
     "swiglu: integers": (lambda: swiglu(x(T, 8, dtype=torch.int32)), TypeError, "h.*int32"),
     "swiglu: 3-d": (lambda: swiglu(x(1, T, 8)), ValueError, r"h.*\(1, 6, 8\).*2 dim"),
+    "linear swiglu: odd w13": (lambda: linear_swiglu(x(T, D), x(7, D)), ValueError, r"w13.*\(7, 8\).*even"),
+    "linear swiglu: widths differ": (
+        lambda: linear_swiglu(x(T, D + 1), x(2 * F, D)), ValueError, r"x.*\(6, 9\).*\(6, 8\)"),
+    "linear swiglu: 3-d": (lambda: linear_swiglu(x(1, T, D), x(2 * F, D)), ValueError, r"x.*\(1, 6, 8\).*2 dim"),
+    "linear swiglu: dtypes": (
+        lambda: linear_swiglu(x(T, D), x(2 * F, D, dtype=FP16)), TypeError, "w13.*float16.*float32"),
+    "linear swiglu: devices": (
+        lambda: linear_swiglu(x(T, D), x(2 * F, D, device="meta")), ValueError, "w13.*meta.*cpu"),
     # expert FFN
     "ffn: width of x": (lambda: ffn(x=x(T, D + 1)), ValueError, r"x.*\(6, 9\).*\(6, 8\)"),
     "ffn: number of tokens": (lambda: ffn(x=x(T - 1, D)), ValueError, "x.*got 5.*6"),

@@ -65,6 +65,7 @@ def op_samples(target) -> dict[str, tuple]:
         "grouped_gemm": (rand(n, d, grad=True), rand(e, f, d, grad=True), *tiles, name),
         "grouped_gemm_dx": (rand(n, f), rand(e, f, d), *tiles, name),
         "grouped_gemm_dw": (rand(n, f), rand(n, d), offsets, name),
+        "linear_swiglu": (rand(t, d, grad=True), rand(2 * f, d, grad=True), True, name),
         "swiglu": (rand(n, 2 * f, grad=True), name),
         "swiglu_backward": (rand(n, f), rand(n, 2 * f), name),
         "norm_modulate": (rand(2, 5, d, grad=True), *vectors(2, d, grad=True)[:2], 1e-6, target.dtype, name),
@@ -136,10 +137,11 @@ def test_opcheck_without_addend(name, place, monkeypatch):
 
 @pytest.mark.parametrize("target", targets("triton", dtypes=[FP32], reference_on_gpu=False))
 def test_opcheck_of_inference(target):
-    """Without a backward to come, expert_ffn returns pre-activations without rows; its fake must say so."""
-    *tensors, _save_h, name = op_samples(target)["expert_ffn"]
-    sample = (*(value.detach() if isinstance(value, torch.Tensor) else value for value in tensors), False, name)
-    torch.library.opcheck(torch.ops.dit_moe.expert_ffn.default, sample, test_utils=["test_schema", "test_faketensor"])
+    """Without a backward to come, these ops return pre-activations without rows; their fakes must say so."""
+    for op in (torch.ops.dit_moe.expert_ffn.default, torch.ops.dit_moe.linear_swiglu.default):
+        *tensors, _save_h, name = op_samples(target)[op.name().removeprefix(NAMESPACE)]
+        sample = (*(value.detach() if isinstance(value, torch.Tensor) else value for value in tensors), False, name)
+        torch.library.opcheck(op, sample, test_utils=["test_schema", "test_faketensor"])
 
 
 # ---------------------------------------------------------------- the whole layer

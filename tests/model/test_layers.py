@@ -87,6 +87,24 @@ def test_shared_expert_is_a_swiglu_network() -> None:
     close(mlp(x), torch.stack([naive_swiglu(row, mlp.w13, mlp.w2) for row in x]))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+def test_shared_expert_on_a_gpu(backend: str) -> None:
+    """In bf16, with and without gradients, to twice the error of plain PyTorch."""
+    mlp = SwiGLU(64, 160, backend=backend, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(77, 64, device="cuda", dtype=torch.bfloat16)
+
+    def plain(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ w13.T).chunk(2, dim=1)
+        return (F.silu(gate) * up) @ w2.T
+
+    exact = plain(x.double(), mlp.w13.double(), mlp.w2.double())
+    bound = 2 * (plain(x, mlp.w13, mlp.w2) - exact).abs().max()
+    with torch.no_grad():
+        assert (mlp(x) - exact).abs().max() <= bound
+    assert (mlp(x) - exact).abs().max() <= bound
+
+
 def test_dense_mlp_uses_the_tanh_gelu() -> None:
     mlp = randomize(Mlp(16, 64)).double()
     x = torch.randn(2, 5, 16, dtype=FP64)

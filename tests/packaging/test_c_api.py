@@ -115,6 +115,13 @@ def test_addresses_of_products_must_be_aligned(op):
 
 
 @needs_products
+@pytest.mark.parametrize("op", [op for op in PRODUCTS if op != "grouped_gemm_dw"])
+def test_rows_of_several_experts_need_offsets(op):
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        getattr(cuda_impl.extension(), op)(*arguments(op, experts=2))
+
+
+@needs_products
 @pytest.mark.parametrize("op", PRODUCTS)
 def test_no_product_is_launched_without_rows(op):
     getattr(cuda_impl.extension(), op)(*arguments(op, rows=0))

@@ -56,8 +56,11 @@ def grouped_gemm_dx(grad_NO: Tensor, w_EOI: Tensor, offsets: Tensor) -> Tensor:
     return dx_NI
 
 
-def grouped_swiglu(x_ND: Tensor, w13_E2FD: Tensor, offsets: Tensor, *, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """swiglu(h) (N, F) and h = x w13 (N, 2F), no rows of it unless keep_h; rows past offsets[-1] are not written."""
+def grouped_swiglu(x_ND: Tensor, w13_E2FD: Tensor, offsets: Tensor | None, *, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """swiglu(h) (N, F) and h = x w13 (N, 2F), no rows of it unless keep_h; rows past offsets[-1] are not written.
+
+    Without offsets the only expert has all rows.
+    """
     num_experts, double_width, depth = w13_E2FD.shape
     out_NF = x_ND.new_empty(x_ND.shape[0], double_width // 2)
     h = x_ND.new_empty(x_ND.shape[0] if keep_h else 0, double_width)
