@@ -99,6 +99,7 @@ def resolve(
     *,
     whole_chunks: bool = True,
     num_experts: int = 0,
+    few_rows: bool = False,
 ) -> str:
     """Turn a requested backend into the one that runs.
 
@@ -109,6 +110,7 @@ def resolve(
         dtype: of the inputs.
         whole_chunks: of the products' widths, what `whole_chunks` says.
         num_experts: E, where the CUDA kernels of the family have a bound on it.
+        few_rows: the CUDA kernel is slower than what comes after it on inputs so small; "auto" passes it over.
 
     Raises:
         ValueError: the name is unknown.
@@ -117,12 +119,12 @@ def resolve(
     if backend == "auto":
         backend = getattr(_local, "backend", None) or "auto"
     many_experts = num_experts > _MAX_EXPERTS.get(family, num_experts)
-    return _settle(backend, family, device, dtype, whole_chunks, many_experts)
+    return _settle(backend, family, device, dtype, whole_chunks, many_experts, few_rows)
 
 
 def companion(backend: str, family: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend of an op that another op's backward takes: that of its forward if it implements it, else the best."""
-    return backend if backend in _PREFERENCE[family] else _choose(family, device, dtype, True, False)
+    return backend if backend in _PREFERENCE[family] else _choose(family, device, dtype, True, False, False)
 
 
 def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
@@ -137,6 +139,7 @@ def _settle(
     dtype: torch.dtype,
     whole_chunks: bool,
     many_experts: bool,
+    few_rows: bool,
 ) -> str:
     if backend == "auto":
         backend = os.environ.get(ENV_BACKEND, "auto")
@@ -144,7 +147,7 @@ def _settle(
     else:
         _check_name(backend, "backend")
     if backend == "auto":
-        return _choose(family, device, dtype, whole_chunks, many_experts)
+        return _choose(family, device, dtype, whole_chunks, many_experts, few_rows)
     reason = _reason_against(backend, family, device, dtype, whole_chunks, many_experts)
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend!r} cannot run {family}: {reason}")
@@ -157,11 +160,20 @@ _settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(family: str, device: torch.device | str, dtype: torch.dtype, whole_chunks: bool, many_experts: bool) -> str:
+def _choose(
+    family: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    whole_chunks: bool,
+    many_experts: bool,
+    few_rows: bool,
+) -> str:
     """The first backend of the preference list that can run; says once what was chosen and why."""
     rejected: list[str] = []
     for candidate in _PREFERENCE[family]:
         reason = _reason_against(candidate, family, device, dtype, whole_chunks, many_experts)
+        if reason is None and few_rows and candidate == "cuda":
+            reason = "slower on so few rows"
         if reason is None:
             why = "; ".join(rejected) or "first choice"
             on_gpu = torch.device(device).type == "cuda"

@@ -16,6 +16,11 @@ from . import backends, checks, reference
 from .activation import swiglu_backward
 from .library import define_op
 
+# From so many rows on the fused kernel is the faster one without gradients (0.75 to 0.95 of the time on S, B, XL and G;
+# at 2048 rows 0.93 to 1.05, at 1024 1.0 to 1.4) and about equal with them (0.98 to 1.07), on the H100:
+# benchmarks/results/experiments/linear_swiglu.txt. One bound, so that results do not depend on gradients being wanted.
+_FUSED_ROWS = 4096
+
 
 def linear_swiglu(x: Tensor, w13: Tensor, *, backend: str = "auto") -> Tensor:
     """Compute silu(gate) * up with [gate | up] = x @ w13^T (Shazeer 2020, eq. 6, without w2).
@@ -24,6 +29,7 @@ def linear_swiglu(x: Tensor, w13: Tensor, *, backend: str = "auto") -> Tensor:
         x: (T, D) float, tokens.
         w13: (2F, D) float, gate rows first, then up rows.
         backend: "auto", "cuda" (Hopper), "triton" (PyTorch's product and a kernel for the activation) or "reference".
+            "auto" takes "cuda" from 4096 tokens, below which it is the slower one.
 
     Returns:
         (T, F), in autocast's dtype under autocast, else in x's dtype, which w13 must share. The pre-activations are
@@ -38,7 +44,8 @@ def linear_swiglu(x: Tensor, w13: Tensor, *, backend: str = "auto") -> Tensor:
     dtype = checks.autocast_dtype(x)
     save_h = torch.is_grad_enabled() and (x.requires_grad or w13.requires_grad)
     fits = backends.whole_chunks(dtype, w13.shape[1], w13.shape[0] // 2)
-    name = backends.resolve(backend, "linear_swiglu", x.device, dtype, whole_chunks=fits)
+    few = True if x.shape[0] < _FUSED_ROWS else False  # noqa: SIM210 (a branch, which torch.compile guards)
+    name = backends.resolve(backend, "linear_swiglu", x.device, dtype, whole_chunks=fits, few_rows=few)
     return _linear_swiglu(x.to(dtype), w13.to(dtype), save_h, name)[0]
 
 

@@ -195,11 +195,15 @@ def test_policy(monkeypatch, missing, capability, expected):
         cached.cache_clear()
     try:
         assert backends.resolve("auto", "linear_swiglu", "cpu", BF16) == expected
+        apart = "reference" if "triton" in missing else "triton"
+        assert backends.resolve("auto", "linear_swiglu", "cpu", BF16, few_rows=True) == apart
+        if expected == "cuda":
+            assert backends.resolve("cuda", "linear_swiglu", "cpu", BF16, few_rows=True) == "cuda"
         if expected != "cuda":
             with pytest.raises(BackendUnavailableError, match=f"'cuda'.*{'missing' if missing else 'capability'}"):
                 backends.resolve("cuda", "linear_swiglu", "cpu", BF16)
         # The activation's gradient behind a forward on "cuda".
-        assert backends.companion("cuda", "swiglu", "cpu", BF16) == ("reference" if "triton" in missing else "triton")
+        assert backends.companion("cuda", "swiglu", "cpu", BF16) == apart
         assert backends.companion("reference", "swiglu", "cpu", BF16) == "reference"
     finally:
         for cached in (backends._reason_against, backends._choose):
@@ -211,8 +215,10 @@ def test_policy(monkeypatch, missing, capability, expected):
 
 @pytest.mark.parametrize("target", ON_HOPPER)
 def test_auto_takes_the_fused_kernel(target):
-    """Also compiled; and other dtypes and widths fall back to the product and the activation apart."""
-    inputs, grad = make_inputs(target, 300, 384, 768)
+    """Also compiled; and other dtypes and widths, and few rows, fall back to the product and the activation apart."""
+    (x, w13), _ = make_inputs(target, 300, 384, 768)
+    assert torch.equal(linear_swiglu(x, w13), swiglu(F.linear(x, w13)))
+    inputs, grad = make_inputs(target, 4096, 384, 768)
     expected = evaluate(lambda *t: linear_swiglu(*t, backend="cuda"), inputs, grad)
     assert all(torch.equal(a, b) for a, b in zip(evaluate(linear_swiglu, inputs, grad), expected, strict=True))
     torch._dynamo.reset()
