@@ -26,8 +26,9 @@ from torch import Tensor
 
 from dit_moe import DiT, DiTConfig, model_config
 from dit_moe.data import Batch
-from dit_moe.parallel import ParallelConfig, local_tensor
+from dit_moe.parallel import ParallelConfig
 from dit_moe.training import Trainer, TrainingSettings
+from dit_moe.training.shards import local_part
 
 from . import env
 
@@ -258,7 +259,7 @@ def _process_group(parallel: str, device: torch.device) -> Iterator[None]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(local_tensor(tensor.detach()).nbytes for tensor in tensors)
+    return sum(local_part(tensor).nbytes for tensor in tensors)
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

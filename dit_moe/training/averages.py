@@ -43,7 +43,9 @@ class AveragedWeights:
             )
             for name, weight in self._weights.items()
         }
-        self._by_kernel = dtype == torch.bfloat16 and has_kernels(next(iter(self._weights.values())).device)
+        weight, average = (next(iter(tensors.values())) for tensors in (self._weights, self.tensors))
+        self._staged = average.device != weight.device
+        self._by_kernel = dtype == torch.bfloat16 and has_kernels(weight.device)
         self.reset()
 
     @torch.no_grad()
@@ -66,12 +68,12 @@ class AveragedWeights:
         share = 1.0
         for decay in decays:
             share *= decay
-        names = list(self.tensors)
-        if any(local_part(self.tensors[name]).device != local_part(self._weights[name]).device for name in names):
+        if self._staged:
             self._update_staged(1 - share, generator)
         elif self._by_kernel:
             self._update_by_kernel(1 - share, generator)
         else:
+            names = list(self.tensors)
             for start in range(0, len(names), _CHUNK):
                 self._update(names[start : start + _CHUNK], 1 - share, generator)
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from dit_moe_kernels import AVERAGE_PIECE
 from torch import Tensor
 
 SLOT_BYTES = 64 * 2**20  # of pinned memory, and as much on the GPU, for each piece under way
 _SLOTS = 4
-_MULTIPLE = 1024  # pieces start at multiples of it: the update kernels' block
 
 
 class Piece(NamedTuple):
@@ -43,14 +43,14 @@ def update_staged(
         tensors: contiguous, of one dtype, on the host; changed in place.
         sources: of the same shapes, on one device, not changed meanwhile.
         update: called with a copy of a piece on the device, to be changed there, and the piece, in order.
-        slot_bytes: size of a buffer, a multiple of 1024 elements.
+        slot_bytes: size of a buffer, a multiple of AVERAGE_PIECE elements.
 
     Raises:
         ValueError: a tensor that is not contiguous, or slot_bytes that is no such multiple.
     """
     device, dtype = sources[0].device, tensors[0].dtype
-    if slot_bytes < 1 or slot_bytes % (_MULTIPLE * dtype.itemsize):
-        raise ValueError(f"slot_bytes: got {slot_bytes}, expected a multiple of {_MULTIPLE * dtype.itemsize}")
+    if slot_bytes < 1 or slot_bytes % (AVERAGE_PIECE * dtype.itemsize):
+        raise ValueError(f"slot_bytes: got {slot_bytes}, expected a multiple of {AVERAGE_PIECE * dtype.itemsize}")
     largest = max(tensor.numel() for tensor in tensors)
     slots = [_Slot(min(slot_bytes // dtype.itemsize, largest), dtype, device) for _ in range(_SLOTS)]
     runtime = torch.get_device_module(device)  # on the CPU its streams and events do nothing

@@ -21,9 +21,10 @@ from .route import Routing, route
 from .routed_ffn import routed_ffn
 from .router import router_logits, topk_softmax
 from .routing import RoutingPlan, make_routing_plan
-from .updates import RandomBits, adamw_, average_, next_random_bits
+from .updates import AVERAGE_PIECE, RandomBits, adamw_, average_, next_random_bits
 
 __all__ = [
+    "AVERAGE_PIECE",
     "BACKENDS",
     "BackendUnavailableError",
     "KernelError",

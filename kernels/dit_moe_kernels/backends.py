@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +37,17 @@ _MAX_EXPERTS = {"router": 64, "routing": 512}  # of the CUDA kernels
 _PRODUCTS = ("grouped_gemm", "linear_swiglu", "expert_ffn")  # families whose CUDA kernels ask for more than the others'
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()  # .backend: what use_backend() set on this thread
+
+
+class _Inputs(NamedTuple):
+    """What the choice of a backend depends on, see `resolve`; many_experts: more than the CUDA kernels take."""
+
+    family: str
+    device: torch.device | str
+    dtype: torch.dtype
+    whole_chunks: bool = True
+    many_experts: bool = False
+    few_rows: bool = False
 
 
 @contextmanager
@@ -124,7 +136,7 @@ def resolve(
 
 def companion(backend: str, family: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend of an op that another op's backward takes: that of its forward if it implements it, else the best."""
-    return backend if backend in _PREFERENCE[family] else _choose(family, device, dtype, True, False, False)
+    return backend if backend in _PREFERENCE[family] else _choose(_Inputs(family, device, dtype))
 
 
 def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
@@ -132,25 +144,18 @@ def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:
     return all(width > 0 and width * dtype.itemsize % 16 == 0 for width in widths)
 
 
-def _settle(
-    backend: str,
-    family: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    whole_chunks: bool,
-    many_experts: bool,
-    few_rows: bool,
-) -> str:
+def _settle(backend: str, *of_inputs: Any) -> str:
+    inputs = _Inputs(*of_inputs)  # made here: Dynamo hands constants to this function
     if backend == "auto":
         backend = os.environ.get(ENV_BACKEND, "auto")
         _check_name(backend, f"environment variable {ENV_BACKEND}")
     else:
         _check_name(backend, "backend")
     if backend == "auto":
-        return _choose(family, device, dtype, whole_chunks, many_experts, few_rows)
-    reason = _reason_against(backend, family, device, dtype, whole_chunks, many_experts)
+        return _choose(inputs)
+    reason = _reason_against(backend, inputs)
     if reason is not None:
-        raise BackendUnavailableError(f"backend {backend!r} cannot run {family}: {reason}")
+        raise BackendUnavailableError(f"backend {backend!r} cannot run {inputs.family}: {reason}")
     return backend
 
 
@@ -160,19 +165,13 @@ _settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _choose(
-    family: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    whole_chunks: bool,
-    many_experts: bool,
-    few_rows: bool,
-) -> str:
+def _choose(inputs: _Inputs) -> str:
     """The first backend of the preference list that can run; says once what was chosen and why."""
+    family, device, dtype = inputs[:3]
     rejected: list[str] = []
     for candidate in _PREFERENCE[family]:
-        reason = _reason_against(candidate, family, device, dtype, whole_chunks, many_experts)
-        if reason is None and few_rows and candidate == "cuda":
+        reason = _reason_against(candidate, inputs)
+        if reason is None and inputs.few_rows and candidate == "cuda":
             reason = "slower on so few rows"
         if reason is None:
             why = "; ".join(rejected) or "first choice"
@@ -185,14 +184,8 @@ def _choose(
 
 
 @functools.cache
-def _reason_against(
-    backend: str,
-    family: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    whole_chunks: bool,
-    many_experts: bool,
-) -> str | None:
+def _reason_against(backend: str, inputs: _Inputs) -> str | None:
+    family, device, dtype = inputs[:3]
     if backend not in _PREFERENCE[family]:
         return f"it implements only {sorted(f for f, names in _PREFERENCE.items() if backend in names)}"
     if backend != "reference" and dtype not in _KERNEL_DTYPES:
@@ -201,13 +194,13 @@ def _reason_against(
     if reason is None and backend == "cuda" and family in _PRODUCTS:
         from .cuda_impl import grouped_gemm
 
-        return grouped_gemm.unsupported(torch.device(device), dtype, whole_chunks)
+        return grouped_gemm.unsupported(torch.device(device), dtype, inputs.whole_chunks)
     if reason is None and backend == "cuda" and family in _MAX_EXPERTS:
-        if many_experts:
+        if inputs.many_experts:
             return f"got more than {_MAX_EXPERTS[family]} experts"
         from .cuda_impl import routing
 
-        return routing.unsupported(whole_chunks)
+        return routing.unsupported(inputs.whole_chunks)
     return reason
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 ADAMW, AVERAGE = 0, 1  # the counter's last word: both may follow from the same seed and counter
 ROUNDS = 7  # the fewest that pass all statistical tests (Salmon et al. 2011, table 2)
+AVERAGE_PIECE = 1024  # elements: where a piece of a tensor may start, and what a program of the kernels updates
 _MASK = 0xFFFFFFFF
 
 

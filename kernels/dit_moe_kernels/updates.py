@@ -13,9 +13,9 @@ from torch import Tensor
 
 from . import backends, checks, reference_updates
 from .library import define_op
+from .reference_updates import AVERAGE_PIECE
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_PIECE = 1024  # pieces of a tensor start at multiples of it: the kernels' block
 
 
 class RandomBits(NamedTuple):
@@ -85,7 +85,7 @@ def average_(
         weight: average's shape, fp32 or bf16.
         share: 0 to 1.
         random, tensor: seed and counter, and the tensor's number among those of the update.
-        start: place of the first element in that tensor, where average is a piece of it; a multiple of 1024.
+        start: place of the first element in that tensor, where average is a piece of it; a multiple of AVERAGE_PIECE.
         backend: "auto", "triton" or "reference".
 
     Raises:
@@ -93,8 +93,8 @@ def average_(
     """
     _check_state("average", average)
     _check_beside("weight", weight, "average", average)
-    if start < 0 or start % _PIECE:  # its elements would not get the bits that are theirs in the whole tensor
-        raise ValueError(f"start: got {start}, expected a multiple of {_PIECE}")
+    if start < 0 or start % AVERAGE_PIECE:  # its elements would not get the bits that are theirs in the whole tensor
+        raise ValueError(f"start: got {start}, expected a multiple of {AVERAGE_PIECE}")
     name = backends.resolve(backend, "updates", average.device.type, average.dtype)
     _average(average, weight, share, *random, tensor, start, name)
 

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference_updates import ADAMW, AVERAGE, ROUNDS
+from ..reference_updates import ADAMW, AVERAGE, AVERAGE_PIECE, ROUNDS
 from .common import cdiv
 
-_BLOCK = 1024  # eight elements a thread: 16-byte accesses for bf16
+_BLOCK = AVERAGE_PIECE  # eight elements a thread: 16-byte accesses for bf16
 
 
 @triton.jit
