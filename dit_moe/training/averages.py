@@ -51,6 +51,9 @@ class AveragedWeights:
     @torch.no_grad()
     def reset(self) -> None:
         """Start the averages at the weights."""
+        if self._staged:  # a plain copy would have one thread touch all of the host's pages
+            update_staged(*self._parts(), lambda average, piece: average.copy_(piece.source))
+            return
         for name, average in self.tensors.items():
             local_part(average).copy_(local_part(self._weights[name]))
 
@@ -78,8 +81,7 @@ class AveragedWeights:
                 self._update(names[start : start + _CHUNK], 1 - share, generator)
 
     def _update_staged(self, share: float, generator: torch.Generator | None) -> None:
-        averages = [local_part(tensor) for tensor in self.tensors.values()]
-        weights = [local_part(self._weights[name]) for name in self.tensors]
+        averages, weights = self._parts()
         random = next_random_bits(generator, weights[0].device) if self._by_kernel else None
 
         def update(average: Tensor, piece: Piece) -> None:
@@ -89,6 +91,11 @@ class AveragedWeights:
                 _mix([average], [piece.source.float()], share, generator)
 
         update_staged(averages, weights, update)
+
+    def _parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What this rank holds of the averages, and of their weights."""
+        averages = [local_part(tensor) for tensor in self.tensors.values()]
+        return averages, [local_part(self._weights[name]) for name in self.tensors]
 
     def _update_by_kernel(self, share: float, generator: torch.Generator | None) -> None:
         random = next_random_bits(generator, local_part(next(iter(self.tensors.values()))).device)

@@ -67,6 +67,18 @@ def test_pieces_get_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> No
     assert_equal(whole.tensors, staged.tensors)
 
 
+def test_staged_averages_start_at_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit_moe.training.averages.update_staged", small_pieces)
+    weights = drawn(torch.bfloat16, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        averages = AveragedWeights({str(number): weight for number, weight in enumerate(weights)}, dtype)
+        for average in averages.tensors.values():
+            average.fill_(3)
+        averages._staged = True
+        averages.reset()
+        assert_equal(averages.tensors, {str(number): weight.to(dtype) for number, weight in enumerate(weights)})
+
+
 def small_pieces(*args: object) -> None:
     update_staged(*args, slot_bytes=2048 * 2)  # type: ignore[arg-type]
 
