@@ -10,12 +10,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from benchmarks.ranks import run_on_ranks
 from dit_moe import DiT
 from dit_moe.layers import sincos_pos_embed
 from dit_moe.parallel import ParallelConfig, clip_grad_norm_, full_state_dict, parallelize, plan
 
 from . import scenarios
-from .ranks import run_on_ranks
 
 CASES = [
     scenarios.uneven_gradients,

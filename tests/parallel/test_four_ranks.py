@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.ranks import run_on_ranks
+
 from . import scenarios
-from .ranks import run_on_ranks
 from .test_cases import assert_gradients, whole_gradients
 from .test_training import assert_same_training
 

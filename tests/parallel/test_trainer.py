@@ -9,10 +9,10 @@ import pytest
 import torch
 from dit_moe_kernels import use_backend
 
+from benchmarks.ranks import run_on_ranks
 from dit_moe.runs import RunFolder
 
 from . import trainer_scenarios as scenarios
-from .ranks import run_on_ranks
 
 TRAINED = [
     scenarios.trainer_ddp,

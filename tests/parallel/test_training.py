@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.ranks import run_on_ranks
+
 from . import scenarios
-from .ranks import run_on_ranks
 
 TOGETHER = [scenarios.trained_ddp, scenarios.trained_fsdp, scenarios.trained_ddp_ep2, scenarios.trained_fsdp_ep2]
 

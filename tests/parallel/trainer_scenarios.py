@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.ranks import rank_device
 from dit_moe import DiT, DiTConfig
 from dit_moe.data import ImageDataset
 from dit_moe.parallel import ParallelConfig, full_state_dict
@@ -27,6 +28,8 @@ SETTINGS = TrainingSettings(
     steps=50, batch_size=8, learning_rate=1e-3, warmup_steps=5, grad_clip=0.5, flip=True, ema_decay=0.9, seed=3
 )
 
+KINDS = {"ddp": DDP, "fsdp": FSDP, "fsdp_ep2": FSDP_EP2, "ddp_ep2": DDP_EP2}
+
 
 def pictures(count: int = 40) -> ImageDataset:
     generator = torch.Generator().manual_seed(0)
@@ -42,7 +45,7 @@ def new_trainer(parallel: ParallelConfig | None = None, seed: int = 0, **changes
         for name, parameter in model.named_parameters():
             if name != "pos_embed":
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return Trainer(model, pictures(), replace(SETTINGS, **changes), parallel=parallel)
+    return Trainer(model, pictures(), replace(SETTINGS, **changes), rank_device(), parallel)
 
 
 def whole(run: Trainer) -> dict[str, Tensor]:
@@ -58,8 +61,13 @@ def trained(parallel: ParallelConfig | None = None, **changes: Any) -> dict[str,
     return {
         "reports": [{**report.to_dict(), "images_per_second": 0} for report in reports],
         "state": whole(run),
-        "average": None if average is None else average.state_dict(),
+        "average": None if average is None else {name: tensor.cpu() for name, tensor in average.state_dict().items()},
     }
+
+
+def trainer_alone(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
+    """One process without torch.distributed, on its GPU."""
+    return trained()
 
 
 def trainer_ddp(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
@@ -100,7 +108,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def trainer_saves(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
     """Checkpoints after 6 of 12 steps, and how each run then ended; one of them is written in a thread."""
     ends = {}
-    for name, parallel in (("ddp", DDP), ("fsdp", FSDP), ("fsdp_ep2", FSDP_EP2), ("ddp_ep2", DDP_EP2)):
+    for name, parallel in KINDS.items():
         run = new_trainer(parallel, steps=12, ema_dtype="bf16" if name == "fsdp" else "fp32")
         place = RunFolder(folder.parent / name, keep=1, asynchronous=name == "fsdp")
         run.run(until=6)
@@ -114,8 +122,7 @@ def trainer_saves(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
 def trainer_resumes(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:
     """Each checkpoint taken up by every kind of run, from weights that are others on every rank."""
     ends = {}
-    kinds = {"ddp": DDP, "fsdp": FSDP, "fsdp_ep2": FSDP_EP2, "ddp_ep2": DDP_EP2}
-    for saved, parallel in [(name, kinds[name]) for name in kinds] + [("fsdp_ep2", DDP), ("ddp", FSDP)]:
+    for saved, parallel in [*KINDS.items()] + [("fsdp_ep2", DDP), ("ddp", FSDP)]:
         run = new_trainer(parallel, seed=rank + 5, steps=12, ema_dtype="bf16" if saved == "fsdp" else "fp32")
         RunFolder(folder.parent / saved).resume(run)
         assert run.step == 6
