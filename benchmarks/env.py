@@ -18,7 +18,10 @@ _PACKAGES = (
     "torch triton numpy dit-moe megablocks stanford-stk sonic-moe quack-kernels nvidia-cutlass-dsl moe-ops".split()
 )
 
-_SETTINGS = ("DIT_MOE_BACKEND", "TRITON_INTERPRET", "QUACK_COMPILE_WORKERS", "PYTORCH_CUDA_ALLOC_CONF")
+_SETTINGS = (
+    "DIT_MOE_BACKEND TRITON_INTERPRET QUACK_COMPILE_WORKERS PYTORCH_CUDA_ALLOC_CONF OMP_NUM_THREADS "
+    "NCCL_NVLS_ENABLE TORCH_SYMM_MEM_DISABLE_MULTICAST NVSHMEM_DISABLE_NVLS"
+).split()
 _ROOT = Path(__file__).resolve().parent.parent
 
 
