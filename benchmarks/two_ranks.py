@@ -36,7 +36,7 @@ _ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 _BOTH = ParallelConfig("fsdp", 2)
 # Seconds after which a start of processes is ended.
 _LIMITS = {
-    "compare": {"one": 90, "two": 150},
+    "compare": {"one": 120, "two": 150},
     "step_time": {"one": 150, "two": 150},
     "xl": {"two": 90},
     "g": {"two": 200},

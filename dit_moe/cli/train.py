@@ -136,7 +136,8 @@ def _parallel(data_parallel: options.DataParallel | None, expert_parallel: int) 
 
 def _model(config: DiTConfig, seed: int, parallel: ParallelConfig) -> DiT:
     torch.manual_seed(seed)
-    if parallel.data_parallel == "fsdp":  # a model too large for one device need not lie there whole
+    if parallel.data_parallel == "fsdp" or parallel.expert_parallel > 1:
+        # A model too large for one device need not lie there whole, and the host would draw for minutes.
         with torch.device("meta"):
             return DiT(config)
     return DiT(config)

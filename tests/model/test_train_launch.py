@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import yaml
 
 from dit_moe import load_model
 from dit_moe.cli.config_file import RECIPES, recipe_names
+from dit_moe.cli.train import _model
+from dit_moe.parallel import ParallelConfig
 from dit_moe.presets import model_config
 
 from .test_cli import TINY, fail, folder, run  # noqa: F401  (a fixture)
@@ -75,6 +78,16 @@ def test_sigterm_ends_all_processes_with_a_checkpoint(folder: Path, tmp_path: Pa
     (step,) = map(int, re.findall(r"stopped at step (\d+) of 100000", text))
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{step:08d}"]
     assert load_model(out / "model.safetensors").config.num_experts == 4
+
+
+@pytest.mark.parametrize(
+    ("parallel", "meta"),
+    [(ParallelConfig(), False), (ParallelConfig("ddp"), False), (ParallelConfig("ddp", 2), True),
+     (ParallelConfig("fsdp"), True)],
+)  # fmt: skip
+def test_the_host_draws_no_weights_of_models_that_ranks_share(parallel: ParallelConfig, meta: bool) -> None:
+    config = model_config("DiT-MoE-S/2-8E2A")
+    assert all(param.is_meta == meta for param in _model(replace(config, depth=1), 0, parallel).parameters())
 
 
 def test_config_file_gives_defaults(folder: Path, tmp_path: Path) -> None:  # noqa: F811
