@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -72,9 +73,13 @@ def spread(rank: int, num_ranks: int, folder: Path, *, tiny: bool) -> None:
     for name, case in CASES.items():
         runs: dict[str, Any] = {}
         for how, parallel in SPREADS.items():
-            runs[how] = _trained(case, parallel, 0, tiny)
+            try:
+                runs[how] = _trained(case, parallel, 0, tiny)
+            except Exception as error:  # most likely the same on all ranks, which then go on together
+                runs[how] = {"failed": traceback.format_exc()}
+                say(f"rank {rank}, {name}, {how}: {type(error).__name__}: {error}")
             notes.add(**{name: runs})
-            if rank == 0:
+            if rank == 0 and "loss" in runs[how]:
                 say(f"{num_ranks} ranks, {name}, {how}: loss {runs[how]['loss'][-1]:.5f} at last")
 
 
@@ -89,6 +94,9 @@ def judge(one: Mapping[str, Any], many: Mapping[str, Any]) -> dict[str, Any]:
         spread_of = {number: max(values) for number, values in own.items()}
         case: dict[str, Any] = {"one rank against itself, shuffled": spread_of}
         for how, run in many[name].items():
+            if "failed" in run:
+                case[how] = {"met": False, "failed": run["failed"]}
+                continue
             seen: dict[str, Any] = {number: difference(run[number], runs[0][number]) for number in NUMBERS}
             seen["steps with other expert loads"] = sum(
                 a != b for a, b in zip(run["loads"], runs[0]["loads"], strict=True)
@@ -100,7 +108,7 @@ def judge(one: Mapping[str, Any], many: Mapping[str, Any]) -> dict[str, Any]:
     if {"fp32", "bf16"} <= one.keys() & many.keys():
         exact = one["fp32"][0]["loss"]
         losses = {"one rank, shuffled": max(difference(run["loss"], exact) for run in one["bf16"])}
-        losses |= {how: difference(run["loss"], exact) for how, run in many["bf16"].items()}
+        losses |= {how: difference(run["loss"], exact) for how, run in many["bf16"].items() if "loss" in run}
         found["losses in bf16 against those of one rank in fp32"] = losses
     return found
 

@@ -62,12 +62,13 @@ def test_the_bars_of_the_comparison() -> None:
     one = {"fp32": [training(1.0)] * 2, "bf16": [training(1.0), training(1.02), training(0.99)]}
     many = {
         "fp32": {"near": training(1 + 9e-6), "norm too far": training(1.0, 1 + 2e-5)},
-        "bf16": {"near": training(1.03), "far": training(1.04)},
+        "bf16": {"near": training(1.03), "far": training(1.04), "broken": {"failed": "ValueError"}},
     }
     found = rank_exact.judge(one, many)
     assert found["fp32"]["near"]["met"] and not found["fp32"]["norm too far"]["met"]
     assert found["bf16"]["one rank against itself, shuffled"]["loss"] == pytest.approx(0.03 / 1.02, rel=0.05)
     assert found["bf16"]["near"]["met"] and not found["bf16"]["far"]["met"]
+    assert found["bf16"]["broken"] == {"met": False, "failed": "ValueError"}
 
 
 def test_the_bar_of_the_step() -> None:
