@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from dit_moe_kernels import cuda_impl
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 420
@@ -181,3 +183,39 @@ def test_everything_imports_without_optional_packages_and_without_touching_a_gpu
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "ran on False\n", "importing or a layer on the CPU initialised CUDA"
+
+
+# What takes a second or more to import, or compiles.
+HEAVY = ("matplotlib", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torchvision", "triton")
+STEP = """
+import sys, torch
+before = set(sys.modules)
+import dit_moe
+device, dtype = (sys.argv[1], torch.bfloat16) if sys.argv[1] == "cuda" else ("cpu", torch.float32)
+layer = dit_moe.MoEFeedForward(64, 128, num_experts=4, device=device, dtype=dtype)
+out = layer(torch.randn(int(sys.argv[2]), 64, device=device, dtype=dtype))
+(out.hidden.float().square().mean() + out.balance_loss).backward()
+print(*sorted(set(sys.argv[3].split(",")) & (set(sys.modules) - before)))
+"""
+
+
+def heavy_modules_of_a_step(device: str, tokens: int) -> list[str]:
+    """Which of HEAVY a process holds that imports the package and takes a step with the layer, beside torch's own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", STEP, device, str(tokens), ",".join(HEAVY)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_a_layers_first_step_imports_nothing_heavy():
+    assert heavy_modules_of_a_step("cpu", 8) == []
+
+
+@pytest.mark.gpu
+def test_a_layers_first_step_on_hopper_needs_no_triton():
+    """Everything is compiled ahead of time there, the shared expert's activation and its gradient too."""
+    if cuda_impl.import_error() is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs the CUDA kernels on Hopper")
+    assert heavy_modules_of_a_step("cuda", 4096) == []
