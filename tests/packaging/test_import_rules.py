@@ -198,19 +198,36 @@ out = layer(torch.randn(int(sys.argv[2]), 64, device=device, dtype=dtype))
 print(*sorted(set(sys.argv[3].split(",")) & (set(sys.modules) - before)))
 """
 
+MODEL = """
+import sys, tempfile, torch
+before = set(sys.modules)
+import dit_moe
+config = dit_moe.DiTConfig(input_size=8, hidden_size=32, depth=1, num_heads=2, num_experts=4)
+with tempfile.TemporaryDirectory() as folder:
+    dit_moe.save_model(dit_moe.DiT(config), folder + "/model.safetensors")
+    model = dit_moe.load_model(folder + "/model.safetensors")
+dit_moe.sample_rectified_flow(model, torch.randn(1, 4, 8, 8), torch.tensor([1]), steps=1, cfg_scale=1.0)
+print(*sorted(set(sys.argv[3].split(",")) & (set(sys.modules) - before)))
+"""
 
-def heavy_modules_of_a_step(device: str, tokens: int) -> list[str]:
-    """Which of HEAVY a process holds that imports the package and takes a step with the layer, beside torch's own."""
+
+def heavy_modules(script: str, device: str = "cpu", tokens: int = 8) -> list[str]:
+    """Which of HEAVY a process holds after the script, beside what `import torch` brings."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", STEP, device, str(tokens), ",".join(HEAVY)]
+    command = [sys.executable, "-c", script, device, str(tokens), ",".join(HEAVY)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
 
 def test_a_layers_first_step_imports_nothing_heavy():
-    assert heavy_modules_of_a_step("cpu", 8) == []
+    assert heavy_modules(STEP) == []
+
+
+def test_loading_a_model_and_sampling_imports_nothing_heavy():
+    """A model is loaded through the meta device, where PyTorch's own initialisation would import torch._dynamo."""
+    assert heavy_modules(MODEL) == []
 
 
 @pytest.mark.gpu
@@ -218,4 +235,4 @@ def test_a_layers_first_step_on_hopper_needs_no_triton():
     """Everything is compiled ahead of time there, the shared expert's activation and its gradient too."""
     if cuda_impl.import_error() is not None or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs the CUDA kernels on Hopper")
-    assert heavy_modules_of_a_step("cuda", 4096) == []
+    assert heavy_modules(STEP, "cuda", 4096) == []
