@@ -83,17 +83,12 @@ def _layer(task: Task, provider: str) -> Training:
     import torch
 
     from .cases import layer_shape
-    from .engine import Unavailable
     from .problems import make_problem
     from .providers import layer_providers
 
-    known = layer_providers()[provider]
-    reason = known.availability(task.device)
-    if reason is not None:
-        raise Unavailable(reason)
     shape, tokens = layer_shape(task.case), task.token_count
     problem = make_problem(shape, tokens, task.routing, task.torch_dtype, task.device, with_margin=False)
-    layer = known.build(problem)
+    layer = layer_providers()[provider].build(problem)
     leaves = (problem.x, *layer.weights.values())
 
     def step() -> tuple[Tensor, ...]:

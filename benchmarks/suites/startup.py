@@ -84,7 +84,10 @@ def run(task: Task, context: Context) -> list[Row]:
 def _measure(task: Task, context: Context, provider: str) -> Row:
     if provider in context.skip:
         return replace(task.template, status=context.skip[provider])
-    name, _, (start,) = _split(task.case)
+    name, layer, (start,) = _split(task.case)
+    reason = layer_providers()[provider].availability(task.device) if layer else None
+    if reason is not None:
+        return replace(task.template, status=f"unavailable: {reason}")
     repeats = max(1, min(_REPEATS, context.options.rounds // _REPEATS - 1))
     try:
         with tempfile.TemporaryDirectory() as cache:

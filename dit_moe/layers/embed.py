@@ -101,7 +101,7 @@ class LabelEmbedder(nn.Module):
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
         weight = torch.empty(num_classes + 1, hidden_size)
         # A given weight is not drawn first: none on the meta device, see `normal_`; elsewhere seeds keep their models.
-        self.embedding_table = nn.Embedding(*weight.shape, _weight=weight if weight.is_meta else None)
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size, _weight=weight if weight.is_meta else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
