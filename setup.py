@@ -27,7 +27,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 CSRC = "csrc"
-SOURCES = ("router.cu", "routing_plan.cu", "topk_softmax.cu", "permute.cu", "unpermute.cu", "python_module.cpp")
+SOURCES = (
+    "router.cu",
+    "routing_plan.cu",
+    "topk_softmax.cu",
+    "permute.cu",
+    "swiglu.cu",
+    "unpermute.cu",
+    "python_module.cpp",
+)
 SM90A_SOURCES = (
     "sm90/grouped_dswiglu.cu",
     "sm90/grouped_gemm.cu",

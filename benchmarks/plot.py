@@ -11,25 +11,28 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from . import results
+from .cases import CASES
 from .results import Row
 
-_TITLE_COLUMNS = 58
+_TITLE_COLUMNS = 32  # of 3.2 inches, which is also what the legend takes
 # name -> (label, colour, marker); the same provider looks the same in every plot
 STYLES = {
-    "ours-triton": ("this library, fused (Triton)", "#c1121f", "o"),
-    "ours-triton-compiled": ("this library, torch.compile", "#e5383b", "*"),
-    "ours-unfused": ("this library, unfused (Triton)", "#f4845f", "s"),
-    "ours-cuda": ("this library, CUDA", "#f7b267", "D"),
+    "ours-triton": ("this library, fused (Triton)", "#f77f00", "o"),
+    "ours-triton-compiled": ("this library, torch.compile", "#bc6c25", "*"),
+    "ours-unfused": ("this library, unfused (Triton)", "#f9c784", "s"),
+    "ours-cuda": ("this library, CUDA", "#c1121f", "D"),
     "gemm": ("bare cuBLAS products (yardstick)", "#000000", "_"),
     "torch-grouped-mm": ("torch grouped_mm, eager", "#0077b6", "^"),
     "torch-grouped-mm-compiled": ("torch grouped_mm, torch.compile", "#48cae4", "v"),
@@ -90,16 +93,17 @@ def _ratio(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
     )
 
 
-def _layer_memory(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
+def _layer_memory(rows: list[Row], runs: list[dict[str, Any]], log_y: bool = True) -> Figure | None:
+    """Peak memory of the routed layer against tokens."""
     rows = [row for row in rows if row.peak_mib and row.routing == "balanced" and row.timer == "eager"]
-    rows = [row for row in rows if not row.provider.startswith("dense") and row.provider != "gemm"]
+    rows = [row for row in rows if not row.batch and not row.provider.startswith("dense") and row.provider != "gemm"]
     return _grid(
         rows,
         runs,
         title="Routed layer: peak memory of one call, its inputs and weights included",
         y_label="peak memory (MiB)",
         y_of=lambda row: row.peak_mib,
-        log_y=True,
+        log_y=log_y,
     )
 
 
@@ -113,7 +117,7 @@ def _grid(
     log_y: bool = False,
 ) -> Figure | None:
     """Panels by mode and case, a line for each provider and timer, tokens along x."""
-    cases, modes = _distinct(row.case for row in rows), _distinct(row.mode for row in rows)
+    cases, modes = sorted({row.case for row in rows}, key=_size), _distinct(row.mode for row in rows)
     if not rows:
         return None
     figure = Figure(figsize=(4.6 * len(cases) + 3.2, 3.7 * len(modes) + 0.8), layout="constrained")
@@ -126,10 +130,7 @@ def _grid(
             panel.set_xlabel("tokens T")
             panel.set_ylabel(y_label, fontsize=9)
             if log_y:
-                panel.set_yscale("log")
-                panel.yaxis.set_major_formatter("{x:g}")
-                panel.yaxis.set_minor_formatter("{x:g}")
-                panel.tick_params(axis="y", which="minor", labelsize=7)
+                _make_log(panel, panel.yaxis)
             else:
                 panel.set_ylim(bottom=0)
     return _finish(figure, title, runs, list(axes.flat))
@@ -160,67 +161,60 @@ def _lines(panel: Axes, rows: list[Row], y_of: Callable[[Row], float | None]) ->
 
 
 def _latency(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
-    """Time of one denoising forward per image against its FLOPs: a column for each resolution, a row for each batch."""
+    """Time of one denoising forward per image against its FLOPs: a panel for each resolution and batch size."""
     rows = _fastest([row for row in rows if row.median_ms and row.tflops and row.batch])
     if not rows:
         return None
-    sides = sorted({_pixels(row) for row in rows})
-    batches = sorted({row.batch or 0 for row in rows})
-    batches = sorted(sorted(batches, key=lambda batch: -sum(row.batch == batch for row in rows))[:3])  # the fullest
-    figure = Figure(figsize=(5.2 * len(sides) + 3.2, 3.7 * len(batches) + 0.8), layout="constrained")
-    axes = figure.subplots(len(batches), len(sides), squeeze=False)
-    for line, batch in enumerate(batches):
-        for column, side in enumerate(sides):
-            panel = axes[line][column]
-            chosen = [row for row in rows if row.batch == batch and _pixels(row) == side]
-            if not chosen:
-                panel.set_axis_off()
-                continue
-            for provider in sorted({row.provider for row in chosen}, key=_order):
-                label, colour, marker = _style(provider)
-                own = [row for row in chosen if row.provider == provider]
-                points = sorted((_gflops_per_image(row), (row.median_ms or 0.0) / batch, row.case) for row in own)
-                panel.plot(
-                    [p[0] for p in points],
-                    [p[1] for p in points],
-                    "-",
-                    color=colour,
-                    marker=marker,
-                    label=label,
-                    zorder=_depth(provider),
-                )
-                if provider.startswith(("ours", "dense-same")):
-                    for flops, time, case in points:
-                        name = case.partition("@")[0]
-                        ours = provider.startswith("ours")
-                        panel.annotate(
-                            f"MoE-{name}" if ours else f"DiT-{name.partition('/')[0]}",
-                            (flops, time),
-                            textcoords="offset points",
-                            xytext=(-5, 5) if ours else (5, -10),
-                            ha="right" if ours else "left",
-                            fontsize=7,
-                        )
-            panel.set_xscale("log")
-            panel.set_yscale("log")
-            panel.grid(alpha=0.3, which="both")
-            panel.set_title(f"{side} × {side} pixels, batch {batch}", fontsize=10)
-            panel.set_xlabel("GFLOP of one forward of one image (2 per multiply-add, attention included)", fontsize=8)
-            panel.set_ylabel("time per image (ms), the faster of\neager calls and CUDA graph", fontsize=9)
+    groups: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[_pixels(row), row.batch or 0].append(row)
+    figure, panels = _panels(len(groups), width=5.0, height=3.9)
+    for panel, ((side, batch), chosen) in zip(panels, sorted(groups.items()), strict=True):
+        for provider in sorted({row.provider for row in chosen}, key=_order):
+            label, colour, marker = _style(provider)
+            points = sorted((_gflops_per_image(row), _ms_per_image(row)) for row in chosen if row.provider == provider)
+            x, y = zip(*points, strict=True)
+            panel.plot(x, y, "-", color=colour, marker=marker, label=label, zorder=_depth(provider))
+        _name_models(panel, chosen)
+        _make_log(panel, panel.xaxis)
+        _make_log(panel, panel.yaxis)
+        panel.margins(0.14)
+        panel.set_title(f"{side} × {side} pixels, batch {batch}", fontsize=10)
+        panel.set_xlabel("GFLOP of one forward of one image (2 per multiply-add, attention included)", fontsize=8)
+        panel.set_ylabel("time per image (ms), the faster of\neager calls and CUDA graph", fontsize=9)
     title = "One denoising forward: latency against arithmetic, DiT-MoE and dense DiT"
-    return _finish(figure, title, runs, list(axes.flat))
+    return _finish(figure, title, runs, panels)
+
+
+def _name_models(panel: Axes, rows: list[Row]) -> None:
+    """The name of each DiT-MoE above its first point, that of the dense DiT of the same size below its."""
+    for prefix, place, align in (("ours", (-5, 6), "right"), ("dense-same", (5, -11), "left")):
+        first: dict[str, Row] = {}
+        for row in sorted(rows, key=_ms_per_image):
+            if row.provider.startswith(prefix):
+                first.setdefault(row.case.partition("@")[0], row)
+        for name, row in first.items():
+            panel.annotate(
+                f"MoE-{name}" if prefix == "ours" else f"DiT-{name.partition('/')[0]}",
+                (_gflops_per_image(row), _ms_per_image(row)),
+                textcoords="offset points",
+                xytext=place,
+                ha=align,
+                fontsize=7,
+                zorder=4.0,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            )
 
 
 def _model_memory(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
-    """Peak memory of whole models by batch: a column for each model, a row for each resolution."""
+    """Peak memory of whole models by batch: a panel for each resolution and model."""
     rows = [row for row in rows if row.peak_mib and row.batch and row.timer == "eager"]
-    names, sides = _distinct(row.case.partition("@")[0] for row in rows), sorted({_pixels(row) for row in rows})
     if not rows:
         return None
-    figure = Figure(figsize=(4.0 * len(names) + 3.2, 3.4 * len(sides) + 0.8), layout="constrained")
-    axes = figure.subplots(len(sides), len(names), squeeze=False)
-    for panel, (side, name) in zip(axes.flat, product(sides, names), strict=True):
-        chosen = [row for row in rows if row.case.partition("@")[0] == name and _pixels(row) == side]
+    cases = sorted({row.case for row in rows}, key=lambda case: (case.count("@"), _size(case)))
+    figure, panels = _panels(len(cases), width=4.0, height=3.4)
+    for panel, case in zip(panels, cases, strict=True):
+        chosen = [row for row in rows if row.case == case]
         batches = sorted({row.batch or 0 for row in chosen})
         for provider in sorted({row.provider for row in chosen}, key=_order):
             label, colour, marker = _style(provider)
@@ -231,12 +225,35 @@ def _model_memory(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
             )
         panel.set_xscale("log", base=2)
         panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.minorticks_off()
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
-        panel.set_title(f"{name}, {side} × {side} pixels", fontsize=10)
+        side = _pixels(chosen[0])
+        panel.set_title(f"{case.partition('@')[0]}, {side} × {side} pixels", fontsize=10)
         panel.set_xlabel("batch (images)")
         panel.set_ylabel("peak memory (GiB)")
-    return _finish(figure, "One denoising forward: peak memory, parameters included", runs, list(axes.flat))
+    return _finish(figure, "One denoising forward: peak memory, parameters included", runs, panels)
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, row by row, at most three beside each other; only the last row may be short."""
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(width * columns + 3.2, height * lines + 0.8), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.set_axis_off()
+    return figure, panels[:count]
+
+
+def _make_log(panel: Axes, axis: Axis) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 of each decade."""
+    (panel.set_xscale if axis is panel.xaxis else panel.set_yscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=15))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_tick_params(labelsize=8)
+    panel.grid(alpha=0.3)
 
 
 def _roofline(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
@@ -271,9 +288,8 @@ def _roofline(rows: list[Row], runs: list[dict[str, Any]]) -> Figure | None:
                 label=label,
                 zorder=_depth(provider),
             )
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.grid(alpha=0.3, which="both")
+    _make_log(panel, panel.xaxis)
+    _make_log(panel, panel.yaxis)
     panel.set_xlabel("arithmetic intensity: FLOP per byte of inputs read once and outputs written once")
     panel.set_ylabel("achieved TFLOP/s")
     title = "Routed layer under the roofline: filled forward, open forward and backward"
@@ -284,7 +300,7 @@ def _finish(figure: Figure, title: str, runs: list[dict[str, Any]], panels: list
     """Title with the machine, and one legend for all panels at the right."""
     gpu = next((run["gpu"]["name"] for run in reversed(runs) if run.get("gpu")), "CPU, smoke run")
     torch_version = runs[-1]["packages"]["torch"] if runs else ""
-    wrapped = textwrap.fill(title, _TITLE_COLUMNS)  # the legend stands beside it
+    wrapped = textwrap.fill(title, round(_TITLE_COLUMNS * (figure.get_figwidth() / 3.2 - 1)))  # the legend beside it
     figure.suptitle(f"{wrapped}\n{gpu}, torch {torch_version}", fontsize=12, x=0.02, ha="left")
     entries: dict[str, Any] = {}
     dashes: set[str] = set()
@@ -293,6 +309,8 @@ def _finish(figure: Figure, title: str, runs: list[dict[str, Any]], panels: list
         for handle, label in zip(handles, labels, strict=True):
             entries.setdefault(label, handle)
             dashes.add(str(handle.get_linestyle()) if isinstance(handle, Line2D) else "-")
+    labels_in_order = [label for label, _, _ in STYLES.values()]
+    entries = dict(sorted(entries.items(), key=lambda entry: (*labels_in_order, entry[0]).index(entry[0])))
     if "--" in dashes:
         entries["solid line: eager calls"] = Line2D([], [], color="#555555")
         entries["dashed line: CUDA graph"] = Line2D([], [], color="#555555", linestyle="--")
@@ -312,6 +330,16 @@ def _fastest(rows: Iterable[Row]) -> list[Row]:
 
 def _gflops_per_image(row: Row) -> float:
     return (row.tflops or 0) * (row.median_ms or 0) / (row.batch or 1)
+
+
+def _ms_per_image(row: Row) -> float:
+    return (row.median_ms or 0) / (row.batch or 1)
+
+
+def _size(case: str) -> int:
+    """Place of a case's model among the paper's sizes."""
+    name = case.partition("@")[0]
+    return CASES.index(name) if name in CASES else -1
 
 
 def _pixels(row: Row) -> int:
@@ -343,7 +371,7 @@ _PLOTS: dict[str, Callable[[list[Row], list[dict[str, Any]]], Figure | None]] = 
     "moe_layer-roofline": _roofline,
     "model-latency": _latency,
     "model-memory": _model_memory,
-    "memory-layer": _layer_memory,
+    "memory-layer": partial(_layer_memory, log_y=False),
 }
 
 

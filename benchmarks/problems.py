@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +58,20 @@ class MoEProblem:
 
 
 def make_problem(
-    shape: LayerShape, tokens: int, routing: str, dtype: torch.dtype, device: str, seed: int = 0
+    shape: LayerShape,
+    tokens: int,
+    routing: str,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    with_margin: bool = True,
 ) -> MoEProblem:
-    """Random inputs at the scale of a trained layer: unit tokens, pre-activations and gradients near unit variance."""
+    """Random inputs at the scale of a trained layer: unit tokens, pre-activations and gradients near unit variance.
+
+    Args:
+        shape, tokens, routing, dtype, device, seed: what to draw.
+        with_margin: draw tokens whose choice is not clear again; needless where nobody compares results.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -69,10 +81,11 @@ def make_problem(
     width, hidden, experts = shape.hidden_size, shape.expert_hidden_size, shape.num_experts
     gate = normal(experts, width, scale=_GATE_SCALE * width**-0.5)
     gate[:, 0] = _bias(shape, routing).to(gate)
+    draw = partial(normal, tokens, width)
     return MoEProblem(
         shape,
         routing,
-        _tokens_with_margin(lambda: normal(tokens, width), gate, shape.top_k).requires_grad_(),
+        (_tokens_with_margin(draw, gate, shape.top_k) if with_margin else draw()).requires_grad_(),
         gate.requires_grad_(),
         normal(experts, 2 * hidden, width, scale=width**-0.5).requires_grad_(),
         normal(experts, width, hidden, scale=hidden**-0.5).requires_grad_(),

@@ -15,7 +15,7 @@ from dit_moe.flops import count_activated_parameters, count_parameters, macs
 from . import results
 from .cases import CASES
 from .models import dense_config, moe_config
-from .results import Row
+from .results import OK, Row
 
 BEGIN, END = "<!-- tables: begin, written by benchmarks.tables -->", "<!-- tables: end -->"
 
@@ -137,7 +137,7 @@ def _flat(rows: Iterable[Row]) -> str:
             _number(row.median_ms, 4),
             _number(row.gbps, 0),
             _number(row.peak_mib, 0),
-            "" if row.ok else row.status,
+            row.status.removeprefix(OK).removeprefix(": "),
         ]
         for row in rows
     ]

@@ -8,9 +8,11 @@ copies.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -30,13 +32,15 @@ class TimingOptions:
         min_calls: fewest calls in one sample; with one, the host's time to launch it would stand in every large figure,
             though in a running program it hides behind the GPU's work on the call before.
         max_calls: most calls in one sample.
+        max_batch_ms: longest sample of several calls; a call of a quarter of a second hides its launches by itself.
         warmup_ms: matrix products before the first sample, which bring the GPU to its working temperature and clock.
     """
 
     rounds: int = 15
     batch_ms: float = 5.0
-    min_calls: int = 4
+    min_calls: int = 8
     max_calls: int = 50
+    max_batch_ms: float = 120.0
     warmup_ms: float = 1500.0
 
 
@@ -203,6 +207,7 @@ class Timed:
     def take(self, clock: Clock) -> None:
         """Add one sample; an entry that fails, for instance for lack of memory, is left out from then on."""
         if self.failure is None:
+            gc.collect()  # what earlier samples left in cycles
             try:
                 self.times_ms.append(clock.time_ms(self.calls, self.count) / self.calls_per_unit)
             except Exception as error:
@@ -211,19 +216,40 @@ class Timed:
 
 def time_round_robin(clock: Clock, entries: Sequence[Timed], options: TimingOptions) -> None:
     """Fill each entry's times_ms, one sample a round, starting each round with another entry."""
-    for entry in entries:
-        entry.count = len(entry.calls)
-        for _ in range(2):
-            entry.take(clock)
-        estimate = min(entry.times_ms, default=1.0) * entry.calls_per_unit
-        wanted = round(options.batch_ms / max(estimate, 1e-4))
-        wanted = min(max(wanted, options.min_calls), options.max_calls)
-        entry.count = -(-wanted // len(entry.calls)) * len(entry.calls)  # each copy of the inputs equally often
-        entry.times_ms.clear()
-    for round_index in range(options.rounds):
-        first = round_index % max(len(entries), 1)
-        for entry in (*entries[first:], *entries[:first]):
-            entry.take(clock)
+    with _no_collection():
+        for entry in entries:
+            entry.count = len(entry.calls)
+            for _ in range(2):
+                entry.take(clock)
+            wanted = calls_in_sample(min(entry.times_ms, default=1.0) * entry.calls_per_unit, options)
+            entry.count = -(-wanted // len(entry.calls)) * len(entry.calls)  # each copy of the inputs equally often
+            entry.times_ms.clear()
+        for round_index in range(options.rounds):
+            first = round_index % max(len(entries), 1)
+            for entry in (*entries[first:], *entries[:first]):
+                entry.take(clock)
+
+
+def calls_in_sample(call_ms: float, options: TimingOptions) -> int:
+    """How many calls of this length make a sample."""
+    call_ms = max(call_ms, 1e-4)
+    wanted = min(max(round(options.batch_ms / call_ms), options.min_calls), options.max_calls)
+    return min(wanted, max(1, int(options.max_batch_ms / call_ms)))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python collects cycles between samples alone, for its pauses fall on calls at random; older objects rest."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def first_line(error: BaseException) -> str:

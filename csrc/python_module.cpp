@@ -47,6 +47,16 @@ void unpermute_backward(Address dout, Address y, Address weights, Address row_to
                                    stream_handle(stream)));
 }
 
+void swiglu(Address h, Address out, int64_t num_rows, int64_t width, DitMoeDtype dtype, Address stream) {
+  check("swiglu", dit_moe_swiglu(pointer(h), pointer(out), num_rows, width, dtype, stream_handle(stream)));
+}
+
+void swiglu_backward(Address dout, Address h, Address dh, int64_t num_rows, int64_t width, DitMoeDtype dtype,
+                     Address stream) {
+  check("swiglu_backward",
+        dit_moe_swiglu_backward(pointer(dout), pointer(h), pointer(dh), num_rows, width, dtype, stream_handle(stream)));
+}
+
 void router_logits(Address x, Address gate, Address logits, int64_t num_tokens, int64_t depth, int64_t num_experts,
                    DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
   check("router_logits", dit_moe_router_logits(pointer(x), pointer(gate), pointer<float>(logits), num_tokens, depth,
@@ -199,6 +209,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("unpermute_backward", &unpermute_backward, Unlocked(), py::arg("dout"), py::arg("y"), py::arg("weights"),
              py::arg("row_to_slot"), py::arg("dy"), py::arg("dweights"), py::arg("num_rows"), py::arg("width"),
              py::arg("top_k"), py::arg("dtype"), py::arg("stream"));
+  module.def("swiglu", &swiglu, Unlocked(), py::arg("h"), py::arg("out"), py::arg("num_rows"), py::arg("width"),
+             py::arg("dtype"), py::arg("stream"));
+  module.def("swiglu_backward", &swiglu_backward, Unlocked(), py::arg("dout"), py::arg("h"), py::arg("dh"),
+             py::arg("num_rows"), py::arg("width"), py::arg("dtype"), py::arg("stream"));
   module.def("router_logits", &router_logits, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("logits"),
              py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"),
              py::arg("stream"));

@@ -139,7 +139,9 @@ class DiT(nn.Module):
         self.reset_pos_embed()
 
     def reset_pos_embed(self) -> None:
-        """Give the fixed position embeddings, which no layer owns, their values."""
+        """Give the fixed position embeddings, which no layer owns, their values; on the meta device there are none."""
+        if self.pos_embed.is_meta:
+            return
         with torch.no_grad():
             pos_embed = sincos_pos_embed(self.config.hidden_size, self.config.input_size // self.config.patch_size)
             self.pos_embed.copy_(pos_embed)

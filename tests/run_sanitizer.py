@@ -47,7 +47,7 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
     plan = make_routing_plan(ids, experts, tile_rows=tile_rows, backend="triton")
     fused = expert_ffn(x, w13, w2, weights, plan, backend="triton")
     h = grouped_gemm(permute(x, plan, backend=permute_backend), w13, plan, backend="triton")
-    y = grouped_gemm(swiglu(h, backend="triton"), w2, plan, backend="triton")
+    y = grouped_gemm(swiglu(h, backend=permute_backend), w2, plan, backend="triton")
     unfused = unpermute(y, plan, weights, backend=permute_backend)
     summed = unpermute(y, plan, addend=x, backend=permute_backend)
     (fused.float().sum() + unfused.float().sum() + summed.float().sum() + probs.square().sum()).backward()

@@ -44,6 +44,16 @@ cudaError_t dit_moe_unpermute_backward(const void* dout, const void* y, const fl
                                        const int32_t* row_to_slot, void* dy, float* dweights, int64_t num_rows,
                                        int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
 
+// out = silu(gate) * up in fp32, from h = [gate | up].
+//   h (N, 2F) dtype -> out (N, F) dtype; width is F
+cudaError_t dit_moe_swiglu(const void* h, void* out, int64_t num_rows, int64_t width, DitMoeDtype dtype,
+                           cudaStream_t stream);
+
+// The gradient for h of the above.
+//   dout (N, F) dtype, h (N, 2F) dtype -> dh (N, 2F) dtype
+cudaError_t dit_moe_swiglu_backward(const void* dout, const void* h, void* dh, int64_t num_rows, int64_t width,
+                                    DitMoeDtype dtype, cudaStream_t stream);
+
 // ---- routing: which experts a token goes to, and where its copies go
 //
 // E is at most 64 for the router and the softmax, 512 for the plan. x and gate are matrices whose rows are whole

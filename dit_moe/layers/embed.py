@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .init import zero_
+from .init import normal_, zero_
 
 NUM_TIME_FEATURES = 256  # sinusoidal features of the time in every official model
 
@@ -60,7 +60,7 @@ class TimestepEmbedder(nn.Module):
         """Normal weights of standard deviation 0.02, zero biases."""
         for module in self.mlp:
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(self, t_B: Tensor) -> Tensor:
@@ -99,12 +99,14 @@ class LabelEmbedder(nn.Module):
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        weight = torch.empty(num_classes + 1, hidden_size)
+        # A given weight is not drawn first: none on the meta device, see `normal_`; elsewhere seeds keep their models.
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size, _weight=weight if weight.is_meta else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal of standard deviation 0.02."""
-        nn.init.normal_(self.embedding_table.weight, std=0.02)
+        normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, class_ids_B: Tensor) -> Tensor:
         """(B,) int -> (B, D)."""

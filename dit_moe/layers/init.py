@@ -21,6 +21,15 @@ def xavier_uniform_stacked_(weight: Tensor, parts: int = 1) -> None:
     nn.init.uniform_(weight, -bound, bound)
 
 
+def normal_(weight: Tensor, std: float) -> None:
+    """Normal of a standard deviation, in place.
+
+    Nothing happens on the meta device, where PyTorch would only import torch._dynamo for it, which takes a second.
+    """
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
 def xavier_linear_(linear: nn.Linear) -> None:
     """Xavier uniform weight and zero bias, in place."""
     nn.init.xavier_uniform_(linear.weight)

@@ -15,7 +15,7 @@ def swiglu(h: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         h: (N, 2F) float, gate in the first F columns, up in the last F.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
         (N, F) in h's dtype.
@@ -27,6 +27,10 @@ def swiglu(h: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def _forward_impl(h: Tensor, backend: str) -> Tensor:
+    if backend == "cuda":
+        from .cuda_impl import swiglu as cuda_kernels
+
+        return cuda_kernels.swiglu(h.contiguous())
     if backend == "triton":
         from .triton_impl import swiglu as kernels
 
@@ -53,6 +57,10 @@ _swiglu = define_op(
 
 
 def _backward_impl(grad: Tensor, h: Tensor, backend: str) -> Tensor:
+    if backend == "cuda":
+        from .cuda_impl import swiglu as cuda_kernels
+
+        return cuda_kernels.swiglu_backward(grad.contiguous(), h.contiguous())
     if backend == "triton":
         from .triton_impl import swiglu as kernels
 

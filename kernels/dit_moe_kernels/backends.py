@@ -27,7 +27,7 @@ _PREFERENCE = {
     "counting": ("triton", "reference"),
     "permute": ("cuda", "triton", "reference"),
     "grouped_gemm": ("cuda", "triton", "reference"),
-    "swiglu": ("triton", "reference"),
+    "swiglu": ("cuda", "triton", "reference"),
     "linear_swiglu": ("cuda", "triton", "reference"),
     "norm": ("triton", "reference"),
     "expert_ffn": ("cuda", "triton", "reference"),

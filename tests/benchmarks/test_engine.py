@@ -1,6 +1,7 @@
 """A provider that is absent, wrong, slow to fail, or that takes the process with it costs its own rows only."""
 
 import dataclasses
+import gc
 import os
 import signal
 import sys
@@ -16,7 +17,15 @@ from benchmarks.engine import Candidate, Context, Unavailable
 from benchmarks.problems import expected_layer, make_problem, make_topk_ids, plain_layer, with_gradients
 from benchmarks.results import Row
 from benchmarks.suites import SUITES, Suite, Task
-from benchmarks.timing import CpuClock, NotCapturable, Timed, TimingOptions, summarize, time_round_robin
+from benchmarks.timing import (
+    CpuClock,
+    NotCapturable,
+    Timed,
+    TimingOptions,
+    calls_in_sample,
+    summarize,
+    time_round_robin,
+)
 
 OPTIONS = TimingOptions(rounds=3, batch_ms=0.1, max_calls=2, warmup_ms=0.0)
 TEMPLATE = Row("moe_layer", "tiny", 4, None, "fwd", "", "fp32", "balanced", "")
@@ -95,6 +104,36 @@ def test_rounds_interleave_and_rotate() -> None:
     assert [len(entry.times_ms) for entry in entries] == [4, 4]
     time_round_robin(clock, entries, TimingOptions(rounds=1, batch_ms=0.1, min_calls=4))
     assert [entry.count for entry in entries] == [4, 6]  # a long call is not timed alone
+
+
+@pytest.mark.parametrize(("call_ms", "count"), [(0.01, 50), (0.5, 10), (4.0, 8), (50.0, 2), (300.0, 1)])
+def test_samples_have_many_short_calls_or_few_long_ones(call_ms: float, count: int) -> None:
+    assert calls_in_sample(call_ms, TimingOptions()) == count
+
+
+def test_garbage_is_collected_between_samples_only() -> None:
+    """A cycle made in a sample is gone before the next one begins, and the collector runs as before afterwards."""
+    seen: list[tuple[bool, int]] = []
+
+    class InCycle:
+        alive = 0
+
+        def __init__(self) -> None:
+            self.me = self
+            InCycle.alive += 1
+
+        def __del__(self) -> None:
+            InCycle.alive -= 1
+
+    class Watching(CpuClock):
+        def time_ms(self, calls, count: int) -> float:
+            seen.append((gc.isenabled(), InCycle.alive))
+            return super().time_ms(calls, 1)
+
+    assert gc.isenabled()
+    time_round_robin(Watching(), [Timed([InCycle], 1)], TimingOptions(rounds=2))
+    assert seen == [(False, 0)] * 4
+    assert gc.isenabled()
 
 
 def test_samples() -> None:

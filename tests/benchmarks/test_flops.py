@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import layer_shape
+from benchmarks.cases import CASES, layer_shape
 from benchmarks.models import dense_config, fresh_model, moe_config
 from benchmarks.problems import make_problem
 from benchmarks.providers.dense import DenseMlp
@@ -25,7 +25,7 @@ def counted(call) -> int:
 
 
 @pytest.mark.parametrize("num_experts", [0, 4])
-@pytest.mark.parametrize("case", ["tiny", "S/2-8E2A"])
+@pytest.mark.parametrize("case", ["tiny", *CASES, "XL/2-8E2A@512"])
 def test_whole_model(case: str, num_experts: int) -> None:
     config = moe_config(case)
     config = config if num_experts else dense_config(config, "same-name")

@@ -1,6 +1,7 @@
 """Every suite runs in tiny form on the CPU: rows for all providers, figures for those that can run here, no crash."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,7 +98,24 @@ def test_startup(tmp_path: Path) -> None:
     rows = measure("startup", tmp_path, "--provider", "dense-same-name", "--case", "tiny")
     assert timed(rows) == {"dense-same-name"}
     assert {row.case for row in rows} == {"tiny#cold", "tiny#warm"}
-    assert all(row.median_ms > 100 for row in rows)  # Python and torch alone take longer
+    for row in rows:
+        assert row.median_ms > 100  # Python and torch alone take longer
+
+
+def test_startup_of_the_layer(tmp_path: Path) -> None:
+    """The routed layer alone, where a case may name its start; the stages follow one another."""
+    rows = measure("startup", tmp_path, "--provider", "loop,torch-grouped-mm,sonicmoe", "--case", "tiny#layer-cold")
+    assert timed(rows) == {"loop", "torch-grouped-mm"}
+    assert {(row.case, row.tokens, row.batch) for row in rows} == {("tiny#layer-cold", 64, None)}
+    reason = next(row.status for row in rows if row.provider == "sonicmoe")
+    assert reason.startswith("unavailable: the package sonic-moe")
+    for row in rows:
+        if row.ok:
+            seconds = [float(text) for text in re.findall(r"([\d.]+) s\b", row.status)]
+            assert len(seconds) == 5 and seconds == sorted(seconds)
+            assert seconds[3] == pytest.approx(row.median_ms / 1e3, abs=0.01)
+    with pytest.raises(ValueError, match="case"):
+        SUITES["startup"].plan(Choice(cases=["tiny#hot"]))
 
 
 def test_default_run_is_a_short_one_and_draws(tmp_path: Path) -> None:

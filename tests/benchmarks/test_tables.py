@@ -107,3 +107,19 @@ def test_plots(folder: Path) -> None:
     }
     assert all(path.stat().st_size > 10_000 for path in written)
     assert draw_all(folder / "empty") == []
+
+
+def test_plots_keep_layers_and_models_apart(folder: Path) -> None:
+    """A whole model's memory is no point of a layer's curve, and no panel of the latencies is empty."""
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    rows, runs = results.load(folder, "model")
+    assert plot._layer_memory(rows, runs) is None
+    figure = plot._latency(rows[:4] + rows[6:], runs)  # without 512 pixels at batch 1
+    assert [panel.get_title() for panel in figure.axes if panel.lines] == [
+        "256 × 256 pixels, batch 1",
+        "256 × 256 pixels, batch 16",
+        "512 × 512 pixels, batch 16",
+    ]
+    assert all(panel.lines for panel in figure.axes)

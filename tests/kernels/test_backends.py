@@ -16,6 +16,7 @@ from dit_moe_kernels import (
     expert_ffn,
     grouped_gemm,
     make_routing_plan,
+    norm_modulate,
     permute,
     swiglu,
     use_backend,
@@ -57,8 +58,9 @@ def test_an_unknown_name_is_an_error(call):
 
 def test_a_backend_asked_for_by_name_never_falls_back():
     x = torch.randn(4, 6)
-    with pytest.raises(BackendUnavailableError, match="cuda.*swiglu"):
-        swiglu(x, backend="cuda")  # there is no such kernel, anywhere
+    vectors = torch.randn(4, 6)
+    with pytest.raises(BackendUnavailableError, match="cuda.*norm"):
+        norm_modulate(x[:, None], vectors, vectors, backend="cuda")  # there is no such kernel, anywhere
     plan = make_routing_plan(torch.zeros(4, 1, dtype=torch.int32), 1, backend="reference")
     with pytest.raises(BackendUnavailableError, match="cuda"):
         permute(x, plan, backend="cuda")  # the tensors are on the CPU
@@ -136,9 +138,9 @@ def test_auto_says_once_what_it_chose(caplog):
 
 @pytest.mark.gpu
 def test_auto_prefers_kernels_on_a_gpu():
-    assert resolved(family="swiglu", device="cuda") == "triton"
+    assert resolved(family="norm", device="cuda") == "triton"
     expected = "cuda" if availability("cuda") is None else "triton"
-    for family in ("router", "routing", "permute"):
+    for family in ("router", "routing", "permute", "swiglu"):
         assert resolved(family=family, device="cuda") == expected
     assert resolved(family="router", device="cuda", num_experts=65) == "triton"
     hopper = torch.cuda.get_device_capability() == (9, 0)

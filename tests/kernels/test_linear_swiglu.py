@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from dit_moe_kernels import BackendUnavailableError, availability, backends, linear_swiglu, reference, swiglu
 from dit_moe_kernels.cuda_impl import grouped_gemm as cuda_kernels
+from dit_moe_kernels.cuda_impl import swiglu as cuda_activation
 from torch import Tensor
 
 from tests.kernels.util import (
@@ -164,16 +165,23 @@ def test_the_fused_kernel_is_launched_without_offsets(monkeypatch, save_h):
         if h is not None:
             h.copy_(pre_activations)
 
+    def launch_activation(op, tensors, sizes, like):
+        grad, h, dh = tensors
+        calls.append((op, sizes))
+        dh.copy_(reference.swiglu_backward(grad, h))
+
     monkeypatch.setattr(cuda_kernels, "launch", launch)
+    monkeypatch.setattr(cuda_activation, "launch", launch_activation)
     (x, w13), grad = make_inputs(Target("cuda", "cpu", FP32), 9, 16, 24)
     leaves = [x.requires_grad_(save_h), w13.requires_grad_(save_h)]
     out, h = torch.ops.dit_moe.linear_swiglu(*leaves, save_h, "cuda")
     assert calls == [("grouped_swiglu", None, (9, 16, 24, 1), save_h)]
     assert torch.equal(out, linear_swiglu(x, w13, backend="reference")) and h.shape == (9 if save_h else 0, 48)
-    if save_h:  # the backward finds a backend for the activation, which "cuda" does not implement
+    if save_h:
         got = torch.autograd.grad(out, leaves, grad)
         for a, b in zip(got, evaluate(naive, [x, w13], grad)[1:], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert calls[1:] == [("swiglu_backward", (9, 24))]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +211,7 @@ def test_policy(monkeypatch, missing, capability, expected):
             with pytest.raises(BackendUnavailableError, match=f"'cuda'.*{'missing' if missing else 'capability'}"):
                 backends.resolve("cuda", "linear_swiglu", "cpu", BF16)
         # The activation's gradient behind a forward on "cuda".
-        assert backends.companion("cuda", "swiglu", "cpu", BF16) == apart
+        assert backends.companion("cuda", "swiglu", "cpu", BF16) == "cuda"
         assert backends.companion("reference", "swiglu", "cpu", BF16) == "reference"
     finally:
         for cached in (backends._reason_against, backends._choose):

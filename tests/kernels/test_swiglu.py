@@ -15,17 +15,17 @@ def check_swiglu(target, rows: int, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids="N{0[0]}_F{0[1]}".format)
-@pytest.mark.parametrize("target", targets("triton"))
+@pytest.mark.parametrize("target", targets("triton", "cuda"))
 def test_swiglu(target, shape):
     check_swiglu(target, *shape)
 
 
-@pytest.mark.parametrize("target", gpu_targets("triton", dtypes=[BF16]))
+@pytest.mark.parametrize("target", gpu_targets("triton", "cuda", dtypes=[BF16]))
 def test_model_shape(target):
     check_swiglu(target, 8192, 4608)
 
 
-@pytest.mark.parametrize("target", targets("triton"))
+@pytest.mark.parametrize("target", targets("triton", "cuda"))
 def test_saturated_gates(target):
     """Gates so far out that exp overflows: gate * up on the right, zero on the left, never NaN."""
     gate = torch.tensor([[-6e4, -1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 6e4]])
@@ -34,7 +34,7 @@ def test_saturated_gates(target):
     check_against(naive_swiglu, lambda h: swiglu(h, backend=target.backend), ["h"], [h], grad)
 
 
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
+@pytest.mark.parametrize("target", targets("triton", "cuda", dtypes=[FP32]))
 def test_strides_do_not_matter(target):
     """An input with gaps, and a gradient of stride 0."""
     h = strided(randn(20, 96, target=target))

@@ -16,11 +16,12 @@ from dit_moe_kernels import cuda_impl
 
 KERNELS = Path(cuda_impl.__file__).parents[1]
 ROW_OPS = {"permute": 4, "unpermute": 5, "unpermute_backward": 6}  # and how many addresses they take
+ACTIVATIONS = {"swiglu": 2, "swiglu_backward": 3}
 PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_gemm_dw": 4, "grouped_swiglu": 5, "grouped_dswiglu": 9}
 LAYER = "routed_ffn"
 LAYER_FUNCTIONS = {LAYER, "routed_ffn_products", "routed_ffn_combine", "routed_ffn_workspace"}
 ROUTING_OPS = {"router_logits": 3, "topk_softmax": 4, "topk_softmax_backward": 5, "routing_plan": 8, "route": 13}
-NUM_ADDRESSES = {**ROW_OPS, **PRODUCTS, **ROUTING_OPS}
+NUM_ADDRESSES = {**ROW_OPS, **ACTIVATIONS, **PRODUCTS, **ROUTING_OPS}
 BAD_DTYPE = 7
 FLOAT32, BFLOAT16 = 0, 2
 needs_extension = pytest.mark.skipif(cuda_impl.import_error() is not None, reason=str(cuda_impl.import_error()))
@@ -59,7 +60,9 @@ def arguments(
             "route": [rows, depth, experts, top_k, tile_rows, 0.5, *dtypes],
         }
         return [0] * ROUTING_OPS[op] + [*rest[op], 0]
-    sizes = [rows, depth, width, experts] if op in PRODUCTS else [rows, width, top_k]
+    sizes = [rows, width] if op in ACTIVATIONS else [rows, width, top_k]
+    if op in PRODUCTS:
+        sizes = [rows, depth, width, experts]
     if dtype is None:
         dtype = BFLOAT16 if op in PRODUCTS else FLOAT32
     if op == "grouped_gemm_dw":
@@ -89,6 +92,16 @@ def test_stub_matches_the_module():
     "wrong", [{"dtype": BAD_DTYPE}, {"dtype": -1}, {"rows": -1}, {"width": -8}, {"top_k": 0}, {"rows": 2**31}]
 )
 def test_wrong_arguments_are_refused(op, wrong):
+    with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        getattr(cuda_impl.extension(), op)(*arguments(op, **wrong))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": BAD_DTYPE}, {"rows": -1}, {"rows": 2**31}, {"width": -8}, {"width": 2**31}]
+)
+def test_wrong_arguments_of_the_activation_are_refused(op, wrong):
     with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
         getattr(cuda_impl.extension(), op)(*arguments(op, **wrong))
 
@@ -174,7 +187,7 @@ def test_no_router_is_launched_without_tokens(op):
 
 
 @needs_extension
-@pytest.mark.parametrize("op", ROW_OPS)
+@pytest.mark.parametrize("op", [*ROW_OPS, *ACTIVATIONS])
 @pytest.mark.parametrize("empty", [{"rows": 0}, {"width": 0}])
 def test_nothing_is_launched_without_output(op, empty):
     getattr(cuda_impl.extension(), op)(*arguments(op, **empty))  # would fail here without a GPU, and crash with one

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from dit_moe_kernels import cuda_impl
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 420
@@ -181,3 +183,56 @@ def test_everything_imports_without_optional_packages_and_without_touching_a_gpu
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "ran on False\n", "importing or a layer on the CPU initialised CUDA"
+
+
+# What takes a second or more to import, or compiles.
+HEAVY = ("matplotlib", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torchvision", "triton")
+STEP = """
+import sys, torch
+before = set(sys.modules)
+import dit_moe
+device, dtype = (sys.argv[1], torch.bfloat16) if sys.argv[1] == "cuda" else ("cpu", torch.float32)
+layer = dit_moe.MoEFeedForward(64, 128, num_experts=4, device=device, dtype=dtype)
+out = layer(torch.randn(int(sys.argv[2]), 64, device=device, dtype=dtype))
+(out.hidden.float().square().mean() + out.balance_loss).backward()
+print(*sorted(set(sys.argv[3].split(",")) & (set(sys.modules) - before)))
+"""
+
+MODEL = """
+import sys, tempfile, torch
+before = set(sys.modules)
+import dit_moe
+config = dit_moe.DiTConfig(input_size=8, hidden_size=32, depth=1, num_heads=2, num_experts=4)
+with tempfile.TemporaryDirectory() as folder:
+    dit_moe.save_model(dit_moe.DiT(config), folder + "/model.safetensors")
+    model = dit_moe.load_model(folder + "/model.safetensors")
+dit_moe.sample_rectified_flow(model, torch.randn(1, 4, 8, 8), torch.tensor([1]), steps=1, cfg_scale=1.0)
+print(*sorted(set(sys.argv[3].split(",")) & (set(sys.modules) - before)))
+"""
+
+
+def heavy_modules(script: str, device: str = "cpu", tokens: int = 8) -> list[str]:
+    """Which of HEAVY a process holds after the script, beside what `import torch` brings."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", script, device, str(tokens), ",".join(HEAVY)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_a_layers_first_step_imports_nothing_heavy():
+    assert heavy_modules(STEP) == []
+
+
+def test_loading_a_model_and_sampling_imports_nothing_heavy():
+    """A model is loaded through the meta device, where PyTorch's own initialisation would import torch._dynamo."""
+    assert heavy_modules(MODEL) == []
+
+
+@pytest.mark.gpu
+def test_a_layers_first_step_on_hopper_needs_no_triton():
+    """Everything is compiled ahead of time there, the shared expert's activation and its gradient too."""
+    if cuda_impl.import_error() is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs the CUDA kernels on Hopper")
+    assert heavy_modules(STEP, "cuda", 4096) == []
