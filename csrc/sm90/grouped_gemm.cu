@@ -5,7 +5,6 @@ extern "C" cudaError_t dit_moe_grouped_gemm(const void* x, const void* w, const 
                                             int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts,
                                             DitMoeDtype dtype, cudaStream_t stream) {
   using namespace dit_moe::sm90;
-  const Problem problem{x, w, expert_offsets, out, nullptr, num_rows, depth, width, num_experts, stream};
-  return launch_best<Epilogue::kStore, false, Option<256, 2>, Option<192, 2>, Option<176, 2>, Option<128, 2>,
-                     Option<192, 1>, Option<128, 1>>(problem, dtype);
+  const Problem problem{x, w, expert_offsets, out, num_rows, depth, width, num_experts, stream};
+  return launch<false>(problem, dtype);
 }

@@ -5,7 +5,6 @@ extern "C" cudaError_t dit_moe_grouped_gemm_dx(const void* grad, const void* w, 
                                                int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts,
                                                DitMoeDtype dtype, cudaStream_t stream) {
   using namespace dit_moe::sm90;
-  const Problem problem{grad, w, expert_offsets, dx, nullptr, num_rows, depth, width, num_experts, stream};
-  return launch_best<Epilogue::kStore, true, Option<256, 2>, Option<240, 2>, Option<192, 2>, Option<192, 1>>(problem,
-                                                                                                             dtype);
+  const Problem problem{grad, w, expert_offsets, dx, num_rows, depth, width, num_experts, stream};
+  return launch<true>(problem, dtype);
 }

@@ -54,6 +54,7 @@ class Pipeline {
  public:
   // What a kind of block with a finishing warpgroup says otherwise: with finish(), it has four of 512 registers in all.
   static constexpr bool kFinishes = false;
+  static constexpr int kProducerRegisters = sm90::kProducerRegisters;
   static constexpr int kConsumerRegisters = sm90::kConsumerRegisters;
   static constexpr int kFinisherRegisters = 0;
 
@@ -85,15 +86,16 @@ class Pipeline {
   __device__ __forceinline__ uint32_t staging(int warp) const {
     return shared_ + L::kStagingAt + warp * L::kWarpStagingBytes;
   }
+  __device__ __forceinline__ uint32_t group_staging(int group) const { return staging(group * kConsumerWarps / 2); }
   // Asked of the hardware where it is needed: consumers have no register to keep it in.
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? static_cast<int>(cluster_rank()) : 0; }
 
-  // The producer's part of a tile: copy(stage, step) starts the copies of a K step into a free stage.
+  // The producer's part of a tile: copy(stage, step) starts the copies of a K step, `bytes` in all, into a free stage.
   template <typename Copy>
-  __device__ __forceinline__ void fill(StageRing& ring, int steps, const Copy& copy) const {
+  __device__ __forceinline__ void fill(StageRing& ring, int steps, uint32_t bytes, const Copy& copy) const {
     for (int step = 0; step < steps; ++step) {
       barrier_wait(empty(ring.stage), ring.phase ^ 1);
-      barrier_arrive_expect(full(ring.stage), L::kStageBytes);
+      barrier_arrive_expect(full(ring.stage), bytes);
       copy(ring.stage, step);
       ring.advance();
     }
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   }
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);  // known to be the same for a warp
   if (group == 0) {
-    give_registers<kProducerRegisters>();
+    give_registers<Block::kProducerRegisters>();
     if (threadIdx.x == 0) block.produce();
     __syncwarp();
   } else if (!Block::kFinishes || group < 3) {

@@ -115,6 +115,15 @@ __device__ __forceinline__ void copy_box_multicast(const CUtensorMap* map, uint3
       : "memory");
 }
 
+__device__ __forceinline__ void copy_box_multicast(const CUtensorMap* map, uint32_t destination, uint32_t barrier,
+                                                   uint16_t mask, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4, "
+      "%5}], [%2], %3;" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "h"(mask), "r"(c0), "r"(c1)
+      : "memory");
+}
+
 // The same two for four coordinates.
 __device__ __forceinline__ void copy_box(const CUtensorMap* map, uint32_t destination, uint32_t barrier, int c0, int c1,
                                          int c2, int c3) {
@@ -177,6 +186,13 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&fragments)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(fragments[0]),
                "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
+               : "memory");
+}
+
+// The same with rows and columns of each matrix exchanged.
+__device__ __forceinline__ void store_matrices_turned(uint32_t address, const uint32_t (&fragments)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(fragments[0]), "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
                : "memory");
 }
 

@@ -73,6 +73,128 @@ class TileScheduler {
   int start_, end_;
 };
 
+// ---- tiles of equal height
+
+enum class Shared { kTokens, kWeights, kNothing };
+
+// A tile of a product's rows ("tokens") and columns. Its height is what the product computes, `rows` of it are stored.
+struct TokenTile {
+  int expert;
+  int row;        // first row
+  int rows;       // to be stored; none of a tile that the pair's other block has too
+  int height;     // a multiple of kHeightStep
+  int column;     // in tiles
+  Shared shared;  // with the pair's other tile
+};
+
+constexpr int kHeightStep = 16;
+
+// Cuts each expert's rows into as few tiles as `max_height` allows, all of one height: so each wastes less than
+// kHeightStep rows, however many rows an expert has. Tiles are dealt out in pairs, one a cluster: neighbours in a row,
+// which share its tokens. Of an odd number of columns the last one's tiles are neighbours in the column, which share
+// its weights; one without a neighbour shares nothing with the next group's first.
+class TokenScheduler {
+ public:
+  __device__ __forceinline__ TokenScheduler(const int32_t* offsets, int num_rows, int num_experts, int tiles_n,
+                                            int max_height, int first, int step)
+      : offsets_(offsets),
+        num_rows_(num_rows),
+        num_experts_(num_experts),
+        tiles_n_(tiles_n),
+        max_height_(max_height),
+        next_(first),
+        step_(step) {
+    enter(0);
+    skip_empty();
+  }
+
+  // The tile that block 0 or 1 of a cluster takes of the next pair. False when none is left.
+  __device__ __forceinline__ bool next(int block, TokenTile& tile) {
+    while (expert_ < num_experts_) {
+      const int pairs = tiles_n_ / 2 * rows() + tiles_n_ % 2 * (rows() - taken_ + 1) / 2;
+      if (next_ < pairs) {
+        place(next_, block, tile);
+        next_ += step_;
+        return true;
+      }
+      next_ -= pairs;
+      leave();
+    }
+    return false;
+  }
+
+ private:
+  // Row tiles that sweep over the columns together, so that a wave of blocks shares both operands in the L2 cache.
+  static constexpr int kGroup = 16;
+
+  // Of the current group.
+  __device__ __forceinline__ int rows() const { return min(tiles_m_ - first_, kGroup); }
+
+  __device__ __forceinline__ void enter(int expert) {
+    expert_ = expert;
+    first_ = 0;
+    if (expert >= num_experts_) return;
+    start_ = offsets_ == nullptr ? 0 : __ldg(offsets_ + expert);
+    end_ = offsets_ == nullptr ? num_rows_ : __ldg(offsets_ + expert + 1);
+    const int num_rows = end_ - start_;
+    const int fewest = max((num_rows + max_height_ - 1) / max_height_, 1);
+    height_ = max((num_rows + fewest * kHeightStep - 1) / (fewest * kHeightStep), 1) * kHeightStep;
+    tiles_m_ = (num_rows + height_ - 1) / height_;
+  }
+
+  __device__ __forceinline__ void skip_empty() {
+    while (expert_ < num_experts_ && first_ >= tiles_m_) enter(expert_ + 1);
+  }
+
+  // Goes on to the next group that has rows.
+  __device__ __forceinline__ void leave() {
+    taken_ = tiles_n_ % 2 * (rows() - taken_) % 2;
+    first_ += kGroup;
+    skip_empty();
+  }
+
+  __device__ __forceinline__ void place(int number, int block, TokenTile& tile) const {
+    const int columns = number / rows();  // to the left, in pairs
+    if (columns < tiles_n_ / 2) {
+      set(number - columns * rows(), 2 * columns + block, Shared::kTokens, tile);
+      return;
+    }
+    const int row = taken_ + 2 * (number - tiles_n_ / 2 * rows());  // of the pair's first
+    if (row + 1 < rows()) {
+      set(row + block, tiles_n_ - 1, Shared::kWeights, tile);
+      return;
+    }
+    TokenScheduler other = *this;
+    if (block == 1) other.leave();
+    const bool repeats = other.expert_ >= num_experts_;
+    if (block == 0 || repeats) {
+      set(row, tiles_n_ - 1, Shared::kNothing, tile);
+    } else {
+      other.set(0, tiles_n_ - 1, Shared::kNothing, tile);
+    }
+    if (repeats) tile.rows = 0;
+  }
+
+  // row: in tiles, from the group's first.
+  __device__ __forceinline__ void set(int row, int column, Shared shared, TokenTile& tile) const {
+    tile.expert = expert_;
+    tile.row = start_ + (first_ + row) * height_;
+    tile.rows = min(end_ - tile.row, height_);
+    tile.height = height_;
+    tile.column = column;
+    tile.shared = shared;
+  }
+
+  const int32_t* offsets_;
+  int num_rows_, num_experts_, tiles_n_, max_height_;
+  int next_;  // counted from the current group's first pair
+  int step_;
+  int expert_, start_, end_;
+  int height_, tiles_m_;
+  int first_;      // row tile of the group
+  int taken_ = 0;  // 1: the first tile of the group's last column is in the pair before the group
+};
+
 struct WeightTile {
   int expert;
   int start, end;   // the expert's rows

@@ -4,31 +4,28 @@
 
 #include <stdint.h>
 
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <limits>
+
 namespace dit_moe::sm90 {
 
 constexpr int kTileM = 128;
 
-struct TileShape {
-  int columns;  // of the product
-  int cluster;  // blocks of kTileM rows that share the weights
-};
-
-inline bool operator==(TileShape a, TileShape b) { return a.columns == b.columns && a.cluster == b.cluster; }
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The time that a shape is expected to take, in no particular unit: rounds of the whole GPU times columns, times what
-// was measured on an H100 beyond that (ratios at equal rounds, T = 4096 and 32768 on the XL and G layers). Narrow tiles
-// load more per product; blocks alone fetch the weights twice as often, which deep products feel most.
-inline double expected_time(TileShape shape, bool deep, int64_t rows, int64_t num_experts, int64_t columns,
-                            int multiprocessors) {
-  const double mean = static_cast<double>(rows) / static_cast<double>(num_experts) / (kTileM * shape.cluster);
+// The time that a product in tiles of kTileM rows and `tile_columns` columns is expected to take, in no particular
+// unit: rounds of the whole GPU times columns, times what was measured on an H100 for blocks without a neighbour in a
+// cluster, which fetch the weights twice as often. `deep`: the product is deeper than wide, and feels that most.
+inline double expected_time(int cluster, int tile_columns, bool deep, int64_t rows, int64_t num_experts,
+                            int64_t columns, int multiprocessors) {
+  const double mean = static_cast<double>(rows) / static_cast<double>(num_experts) / (kTileM * cluster);
   const double row_tiles = static_cast<double>(num_experts) * (mean > 0.5 ? mean + 0.5 : 1.0);
-  const auto tiles = static_cast<int64_t>(row_tiles * static_cast<double>(ceil_div(columns, shape.columns)));
-  const int64_t rounds = ceil_div(tiles, multiprocessors / shape.cluster);
-  const double narrow = shape.columns <= 128 ? 1.09 : shape.columns < 192 ? 1.02 : 1.0;
-  const double alone = shape.cluster > 1 ? 1.0 : deep ? 1.15 : 1.03;
-  return static_cast<double>(rounds * shape.columns) * narrow * alone;
+  const auto tiles = static_cast<int64_t>(row_tiles * static_cast<double>(ceil_div(columns, tile_columns)));
+  const int64_t rounds = ceil_div(tiles, multiprocessors / cluster);
+  const double alone = cluster > 1 ? 1.0 : deep ? 1.15 : 1.03;
+  return static_cast<double>(rounds * tile_columns) * alone;
 }
 
 // The shape with the least time(shape); the first of equals.
@@ -46,12 +43,40 @@ Shape fastest(const Shape (&shapes)[kCount], const Time& time) {
   return best;
 }
 
-// `deep`: the product is deeper than wide.
-template <int kCount>
-TileShape choose_tile(const TileShape (&shapes)[kCount], bool deep, int64_t rows, int64_t num_experts, int64_t columns,
-                      int multiprocessors) {
-  return fastest(
-      shapes, [&](TileShape shape) { return expected_time(shape, deep, rows, num_experts, columns, multiprocessors); });
+// ---- products with tiles of equal height (TokenScheduler)
+
+// The rows that such a product's tiles have at most, a multiple of 16 up to 256, for the least expected time: rounds of
+// the whole GPU, as pairs of blocks, times what a round of such tiles costs, in rows. Below about 200 rows a tile waits
+// for its weights (a fit to times on an H100 of heights from 64 to 256, XL layer, T = 32768). Rows of an expert scatter
+// about their mean as if every row chose for itself.
+inline int choose_height(int64_t rows, int64_t num_experts, int64_t depth, int64_t column_tiles, int multiprocessors) {
+  constexpr int step = 16, highest = 256, lowest = 48;
+  constexpr double deviations[] = {-1.3, -0.5, 0.0, 0.5, 1.3};
+  const double mean = static_cast<double>(rows) / static_cast<double>(num_experts);
+  const double spread = num_experts > 1 ? std::sqrt(mean) : 0.0;
+  const double store = 300.0 * 64.0 / static_cast<double>(depth);  // what a tile costs beside the product
+  int best = highest;
+  double best_time = std::numeric_limits<double>::infinity();
+  for (int limit = highest; limit >= lowest; limit -= step) {
+    double tiles = 0.0, time = 0.0;  // of an expert
+    for (const double deviation : deviations) {
+      const double expert_rows = std::max(mean + deviation * spread, 1.0);
+      const double count = std::ceil(expert_rows / limit);
+      const double height = std::ceil(expert_rows / count / step) * step;
+      tiles += count / std::size(deviations);
+      time += count / std::size(deviations) * (std::max(height, 115.0 + 0.43 * height) + store);
+    }
+    const double pairs = tiles * static_cast<double>(num_experts * column_tiles) / 2;
+    // A few tiles more than expected may begin a round.
+    const double clusters = multiprocessors / 2;
+    const double rounds = (std::ceil(pairs / clusters) + std::ceil(1.02 * pairs / clusters)) / 2;
+    const double expected = rounds * time / tiles;
+    if (expected < 0.995 * best_time) {
+      best_time = expected;
+      best = limit;
+    }
+  }
+  return best;
 }
 
 // ---- weight gradients: as many tiles for every expert, each as deep as the expert has rows

@@ -64,7 +64,7 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
     while (scheduler.next(tile)) {
       const int row = row_of(tile), column = column_of(tile);
       const int first = kRaggedRows - (tile.end - tile.start);
-      this->fill(ring, steps_of(tile), [&](int stage, int step) {
+      this->fill(ring, steps_of(tile), Layout::kStageBytes, [&](int stage, int step) {
         const int k = first + step * kTileK;
         copy_strips<C::kStripsA, !C::kTall>(&map_a_, stage_a(stage), full(stage), row, k, tile.end);
         copy_strips<C::kStripsB, C::kTall>(&map_b_, stage_b(stage), full(stage), column, k, tile.end);

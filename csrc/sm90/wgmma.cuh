@@ -77,59 +77,73 @@ __device__ __forceinline__ void pin(uint32_t (&values)[kCount]) {
                : __VA_ARGS__                                                                                 \
                : "l"(a), "l"(b), "r"(accumulate), "n"(int{kTransposeA}), "n"(int{kTransposeB}))
 
-#define DIT_MOE_R_128                                                                                        \
-  DIT_MOE_R0 ", " DIT_MOE_R1 ", " DIT_MOE_R2 ", " DIT_MOE_R3 ", " DIT_MOE_R4 ", " DIT_MOE_R5 ", " DIT_MOE_R6 \
-             ", " DIT_MOE_R7
-#define DIT_MOE_D_128 \
-  DIT_MOE_D8(0), DIT_MOE_D8(1), DIT_MOE_D8(2), DIT_MOE_D8(3), DIT_MOE_D8(4), DIT_MOE_D8(5), DIT_MOE_D8(6), DIT_MOE_D8(7)
-#define DIT_MOE_R_176 DIT_MOE_R_128 ", " DIT_MOE_R8 ", " DIT_MOE_R9 ", " DIT_MOE_R10
-#define DIT_MOE_D_176 DIT_MOE_D_128, DIT_MOE_D8(8), DIT_MOE_D8(9), DIT_MOE_D8(10)
+// Registers and constraints of an instruction with that many columns.
+#define DIT_MOE_R_16 DIT_MOE_R0
+#define DIT_MOE_D_16 DIT_MOE_D8(0)
+#define DIT_MOE_R_32 DIT_MOE_R_16 ", " DIT_MOE_R1
+#define DIT_MOE_D_32 DIT_MOE_D_16, DIT_MOE_D8(1)
+#define DIT_MOE_R_48 DIT_MOE_R_32 ", " DIT_MOE_R2
+#define DIT_MOE_D_48 DIT_MOE_D_32, DIT_MOE_D8(2)
+#define DIT_MOE_R_64 DIT_MOE_R_48 ", " DIT_MOE_R3
+#define DIT_MOE_D_64 DIT_MOE_D_48, DIT_MOE_D8(3)
+#define DIT_MOE_R_80 DIT_MOE_R_64 ", " DIT_MOE_R4
+#define DIT_MOE_D_80 DIT_MOE_D_64, DIT_MOE_D8(4)
+#define DIT_MOE_R_96 DIT_MOE_R_80 ", " DIT_MOE_R5
+#define DIT_MOE_D_96 DIT_MOE_D_80, DIT_MOE_D8(5)
+#define DIT_MOE_R_112 DIT_MOE_R_96 ", " DIT_MOE_R6
+#define DIT_MOE_D_112 DIT_MOE_D_96, DIT_MOE_D8(6)
+#define DIT_MOE_R_128 DIT_MOE_R_112 ", " DIT_MOE_R7
+#define DIT_MOE_D_128 DIT_MOE_D_112, DIT_MOE_D8(7)
+#define DIT_MOE_R_144 DIT_MOE_R_128 ", " DIT_MOE_R8
+#define DIT_MOE_D_144 DIT_MOE_D_128, DIT_MOE_D8(8)
+#define DIT_MOE_R_160 DIT_MOE_R_144 ", " DIT_MOE_R9
+#define DIT_MOE_D_160 DIT_MOE_D_144, DIT_MOE_D8(9)
+#define DIT_MOE_R_176 DIT_MOE_R_160 ", " DIT_MOE_R10
+#define DIT_MOE_D_176 DIT_MOE_D_160, DIT_MOE_D8(10)
 #define DIT_MOE_R_192 DIT_MOE_R_176 ", " DIT_MOE_R11
 #define DIT_MOE_D_192 DIT_MOE_D_176, DIT_MOE_D8(11)
-#define DIT_MOE_R_240 DIT_MOE_R_192 ", " DIT_MOE_R12 ", " DIT_MOE_R13 ", " DIT_MOE_R14
-#define DIT_MOE_D_240 DIT_MOE_D_192, DIT_MOE_D8(12), DIT_MOE_D8(13), DIT_MOE_D8(14)
+#define DIT_MOE_R_208 DIT_MOE_R_192 ", " DIT_MOE_R12
+#define DIT_MOE_D_208 DIT_MOE_D_192, DIT_MOE_D8(12)
+#define DIT_MOE_R_224 DIT_MOE_R_208 ", " DIT_MOE_R13
+#define DIT_MOE_D_224 DIT_MOE_D_208, DIT_MOE_D8(13)
+#define DIT_MOE_R_240 DIT_MOE_R_224 ", " DIT_MOE_R14
+#define DIT_MOE_D_240 DIT_MOE_D_224, DIT_MOE_D8(14)
 #define DIT_MOE_R_256 DIT_MOE_R_240 ", " DIT_MOE_R15
 #define DIT_MOE_D_256 DIT_MOE_D_240, DIT_MOE_D8(15)
 
-// d = a b + (accumulate ? d : 0), asynchronously. Lane l of warp w holds rows 16 w + l / 4 (+ 8) and columns
-// 8 j + 2 (l % 4) (+ 1): d[4 j], d[4 j + 1] in the first row, d[4 j + 2], d[4 j + 3] in the second.
+// One width; A and the four numbers after it are those of the operands behind the accumulators.
+#define DIT_MOE_MMA_WIDTH(N, A, B, C, D, E)                                                         \
+  if constexpr (kN == N) {                                                                          \
+    if constexpr (is_bf16) {                                                                        \
+      DIT_MOE_MMA(N, "bf16", DIT_MOE_R_##N, "%" #A, "%" #B, "%" #C, "%" #D, "%" #E, DIT_MOE_D_##N); \
+    } else {                                                                                        \
+      DIT_MOE_MMA(N, "f16", DIT_MOE_R_##N, "%" #A, "%" #B, "%" #C, "%" #D, "%" #E, DIT_MOE_D_##N);  \
+    }                                                                                               \
+  }
+
+// d = a b + (accumulate ? d : 0), asynchronously, kN being a multiple of 16. Lane l of warp w holds rows 16 w + l / 4
+// (+ 8) and columns 8 j + 2 (l % 4) (+ 1): d[4 j], d[4 j + 1] in the first row, d[4 j + 2], d[4 j + 3] in the second.
 template <typename Element, int kN, bool kTransposeA, bool kTransposeB>
-__device__ __forceinline__ void mma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {
+__device__ __forceinline__ void mma(float* d, uint64_t a, uint64_t b, int accumulate) {
   constexpr bool is_bf16 = std::is_same_v<Element, __nv_bfloat16>;
   static_assert(is_bf16 || std::is_same_v<Element, __half>, "bf16 or fp16");
-  if constexpr (kN == 128) {
-    if constexpr (is_bf16) {
-      DIT_MOE_MMA(128, "bf16", DIT_MOE_R_128, "%64", "%65", "%66", "%67", "%68", DIT_MOE_D_128);
-    } else {
-      DIT_MOE_MMA(128, "f16", DIT_MOE_R_128, "%64", "%65", "%66", "%67", "%68", DIT_MOE_D_128);
-    }
-  } else if constexpr (kN == 176) {
-    if constexpr (is_bf16) {
-      DIT_MOE_MMA(176, "bf16", DIT_MOE_R_176, "%88", "%89", "%90", "%91", "%92", DIT_MOE_D_176);
-    } else {
-      DIT_MOE_MMA(176, "f16", DIT_MOE_R_176, "%88", "%89", "%90", "%91", "%92", DIT_MOE_D_176);
-    }
-  } else if constexpr (kN == 192) {
-    if constexpr (is_bf16) {
-      DIT_MOE_MMA(192, "bf16", DIT_MOE_R_192, "%96", "%97", "%98", "%99", "%100", DIT_MOE_D_192);
-    } else {
-      DIT_MOE_MMA(192, "f16", DIT_MOE_R_192, "%96", "%97", "%98", "%99", "%100", DIT_MOE_D_192);
-    }
-  } else if constexpr (kN == 240) {
-    if constexpr (is_bf16) {
-      DIT_MOE_MMA(240, "bf16", DIT_MOE_R_240, "%120", "%121", "%122", "%123", "%124", DIT_MOE_D_240);
-    } else {
-      DIT_MOE_MMA(240, "f16", DIT_MOE_R_240, "%120", "%121", "%122", "%123", "%124", DIT_MOE_D_240);
-    }
-  } else if constexpr (kN == 256) {
-    if constexpr (is_bf16) {
-      DIT_MOE_MMA(256, "bf16", DIT_MOE_R_256, "%128", "%129", "%130", "%131", "%132", DIT_MOE_D_256);
-    } else {
-      DIT_MOE_MMA(256, "f16", DIT_MOE_R_256, "%128", "%129", "%130", "%131", "%132", DIT_MOE_D_256);
-    }
-  } else {
-    static_assert(kN == 0, "no instruction of this width here");
-  }
+  static_assert(kN % 16 == 0 && kN > 0 && kN <= 256, "no instruction of this width here");
+  DIT_MOE_MMA_WIDTH(16, 8, 9, 10, 11, 12)
+  DIT_MOE_MMA_WIDTH(32, 16, 17, 18, 19, 20)
+  DIT_MOE_MMA_WIDTH(48, 24, 25, 26, 27, 28)
+  DIT_MOE_MMA_WIDTH(64, 32, 33, 34, 35, 36)
+  DIT_MOE_MMA_WIDTH(80, 40, 41, 42, 43, 44)
+  DIT_MOE_MMA_WIDTH(96, 48, 49, 50, 51, 52)
+  DIT_MOE_MMA_WIDTH(112, 56, 57, 58, 59, 60)
+  DIT_MOE_MMA_WIDTH(128, 64, 65, 66, 67, 68)
+  DIT_MOE_MMA_WIDTH(144, 72, 73, 74, 75, 76)
+  DIT_MOE_MMA_WIDTH(160, 80, 81, 82, 83, 84)
+  DIT_MOE_MMA_WIDTH(176, 88, 89, 90, 91, 92)
+  DIT_MOE_MMA_WIDTH(192, 96, 97, 98, 99, 100)
+  DIT_MOE_MMA_WIDTH(208, 104, 105, 106, 107, 108)
+  DIT_MOE_MMA_WIDTH(224, 112, 113, 114, 115, 116)
+  DIT_MOE_MMA_WIDTH(240, 120, 121, 122, 123, 124)
+  DIT_MOE_MMA_WIDTH(256, 128, 129, 130, 131, 132)
 }
 
 }  // namespace dit_moe::sm90

@@ -1,0 +1,248 @@
+// Grouped matrix product for Hopper, A[rows of expert e] W[e], with SwiGLU or its gradient for an epilogue.
+//
+// Two blocks of a cluster compute neighbouring row tiles of one expert and share the weights.
+#pragma once
+
+#include "dswiglu.cuh"
+#include "pipeline.cuh"
+#include "scheduler.cuh"
+#include "tile_choice.h"
+
+namespace dit_moe::sm90 {
+
+enum class Epilogue {
+  kSwiGLU,      // out (rows, N) = silu(first half of A W) * second half of A W
+  kSwiGLUKeep,  // the same, and h (rows, 2N) = A W
+  kDSwiGLU,     // out (rows, 2N) = gradient for h, where weight * A W is that for silu(first half of h) * second half
+};
+
+template <typename Element_, Epilogue kEpilogue_, int kTileN_, int kCluster_>
+struct SwiGLUConfig {
+  using Element = Element_;
+  static constexpr Epilogue kEpilogue = kEpilogue_;
+  static constexpr int kTileN = kTileN_;      // columns of the product; SwiGLU stores half as many
+  static constexpr int kCluster = kCluster_;  // blocks along the rows
+
+  // A finishing warpgroup reads h and stores three matrices, as many bytes as the memory moves during the product.
+  static constexpr bool kFinishes = kEpilogue == Epilogue::kDSwiGLU;
+  static constexpr bool kPaired = !kFinishes;     // gate and up columns in one tile
+  static constexpr bool kTransposed = kFinishes;  // W is (E, K, N) in memory instead of (E, N, K)
+  static constexpr int kSegments = kTileN / kStagingColumns;
+  static constexpr int kColumns = kPaired ? kTileN / 2 : kTileN;  // of out
+  static constexpr int kBytesA = kTileM * kSwizzleBytes;
+  // W comes in boxes of 128-byte rows: two of kTileN / 2 rows along N, or, transposed, two per 64 columns, of 32 rows.
+  static constexpr int kBoxes = kTransposed ? 2 * ((kTileN + 63) / 64) : 2;
+  static constexpr int kBoxRows = kTransposed ? kTileK / 2 : kTileN / 2;
+  static constexpr int kBoxBytes = kBoxRows * kSwizzleBytes;
+  static constexpr int kBytesB = kBoxes * kBoxBytes;
+  using Layout = SharedLayout<kBytesA, kBytesB, kFinishes ? kSegments * kStagingBytes : kStagingBytes>;
+  // K steps by which the first consumer leads the second, so that long epilogues do not coincide.
+  static constexpr int kStagger = kPaired ? 2 : 0;
+  // Row tiles (pairs of them in clusters) that sweep the columns together.
+  static constexpr int kGroupM = kPaired ? 16 : 8;
+
+  static_assert(kBoxRows % kSwizzleRows == 0 && kBoxRows <= 256, "boxes of whole swizzle periods");
+  static_assert(kCluster == 1 || kCluster == 2, "alone or in pairs");
+  static_assert(!kFinishes || kTileN % kStagingColumns == 0, "whole segments");
+};
+
+struct SwiGLUArguments {
+  const int32_t* offsets;  // (num_experts + 1,), or null: one expert with all rows
+  void* out;               // (rows, width)
+  void* h;                 // (rows, 2 width), if kept
+  int num_experts;
+  int depth;  // K
+  int width;  // columns of out, or half of them
+  int64_t rows;
+  DSwiGLUTensors dswiglu;
+};
+
+template <class C>
+class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
+  using Base = Pipeline<typename C::Layout, C::kCluster>;
+  using Base::full, Base::rank, Base::stage_a, Base::stage_b, Base::staging, Base::handed_over, Base::taken;
+
+ public:
+  using Element = typename C::Element;
+  using Arguments = SwiGLUArguments;
+  using Scheduler = TileScheduler<kTileM * C::kCluster>;
+  using Layout = typename C::Layout;
+  static constexpr int kCluster = C::kCluster;
+  static constexpr bool kFinishes = C::kFinishes;
+  static constexpr int kConsumerRegisters = !kFinishes ? Base::kConsumerRegisters : C::kTileN > 192 ? 168 : 144;
+  static constexpr int kFinisherRegisters = 512 - kProducerRegisters - 2 * kConsumerRegisters;
+
+  __device__ __forceinline__ SwiGLUBlock(const CUtensorMap& map_a, const CUtensorMap& map_b, const Arguments& arguments,
+                                         uint32_t shared)
+      : Base(shared), map_a_(map_a), map_b_(map_b), arguments_(arguments) {
+    steps_ = (arguments.depth + kTileK - 1) / kTileK;
+  }
+
+  // One thread: everything comes through the copy engine.
+  __device__ __forceinline__ void produce() const {
+    Scheduler scheduler = make_scheduler();
+    typename Base::StageRing ring;
+    Tile tile;
+    while (scheduler.next(tile)) {
+      const int row = row_of(tile);
+      this->fill(ring, steps_, Layout::kStageBytes, [&](int stage, int step) {
+        copy_box(&map_a_, stage_a(stage), full(stage), step * kTileK, row);
+        copy_weights(stage, tile, step);
+      });
+    }
+  }
+
+  __device__ __forceinline__ void consume(int group) const {
+    float accumulators[C::kTileN / 2];
+    Scheduler scheduler = make_scheduler();
+    typename Base::StageRing ring;
+    Tile tile;
+    int lead = C::kStagger < steps_ ? C::kStagger : steps_;
+    uint32_t phase = 0;
+    while (scheduler.next(tile)) {
+      this->drain(
+          ring, steps_, group, lead, accumulators,
+          [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {});
+      lead = 0;
+      if constexpr (kFinishes) {
+        hand_over(group, phase, accumulators);
+        phase ^= 1;
+      } else {
+        store(tile, group, accumulators);
+      }
+    }
+  }
+
+  // Each warp for itself: takes the rows that two consumer warps hand over, one after the other.
+  __device__ __forceinline__ void finish() const {
+    using FinishedTile = DSwiGLUTile<Element, C::kSegments>;
+    const int lane = threadIdx.x % 32;
+    Scheduler scheduler = make_scheduler();
+    uint32_t phase = 0;
+    Tile tile;
+    while (scheduler.next(tile)) {
+      const int row = row_of(tile);
+      const int rows = min(tile.end - row, kTileM);
+      const FinishedTile finished(arguments_.dswiglu, arguments_.out, row, rows, tile.column * C::kColumns,
+                                  arguments_.width);
+      // All that does not come from the product is under way before the wait for it: h of two steps, which take turns.
+      typename FinishedTile::Chunk even[C::kSegments], odd[C::kSegments];
+      finished.load(0, even);
+      finished.load(1, odd);
+      const int row_of_lane = FinishedTile::row_of(lane / 4, lane % 4);  // every lane one of the warp's 32 rows
+      float weight_of_lane = 0.0f, dot_of_lane = 0.0f;
+      if (row_of_lane < rows) {
+        const int slot = __ldg(arguments_.dswiglu.row_to_slot + row + row_of_lane);
+        weight_of_lane = __ldg(arguments_.dswiglu.topk_weights + slot);
+      }
+      const auto take = [&](int step, typename FinishedTile::Chunk(&h)[C::kSegments]) {
+        const float weight = __shfl_sync(0xffffffffu, weight_of_lane, 4 * step + lane / 8);
+        float dot = finished.finish(step, staging(FinishedTile::warp_of(step)), weight, h);
+#pragma unroll
+        for (int lanes = 1; lanes < 8; lanes *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
+        dot = __shfl_sync(0xffffffffu, dot, lane % 4 * 8);
+        if (lane / 4 == step) dot_of_lane = dot;
+      };
+#pragma unroll 1
+      for (int step = 0; step < FinishedTile::kSteps; step += 2) {
+        const int warp = FinishedTile::warp_of(step);
+        if (step % 4 == 0) barrier_wait(handed_over(warp), phase);
+        take(step, even);
+        take(step + 1, odd);
+        if (step % 4 == 2) {
+          __syncwarp();
+          if (lane == 0) barrier_arrive(taken(warp));
+        }
+      }
+      if (row_of_lane < rows) arguments_.dswiglu.dots[tile.column * arguments_.rows + row + row_of_lane] = dot_of_lane;
+      phase ^= 1;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ Scheduler make_scheduler() const {
+    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
+    return Scheduler(arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, C::kGroupM,
+                     blockIdx.x / C::kCluster, gridDim.x / C::kCluster);
+  }
+
+  static __device__ __forceinline__ int row_of(const Tile& tile) { return tile.row + rank() * kTileM; }
+
+  // Boxes are dealt out over the cluster's blocks, box by box.
+  __device__ __forceinline__ void copy_weights(int stage, const Tile& tile, int step) const {
+    const int column = tile.column * C::kColumns;
+#pragma unroll
+    for (int i = 0; i < C::kBoxes / C::kCluster; ++i) {
+      const int box = i * C::kCluster + rank();
+      int c0 = step * kTileK, c1;
+      if constexpr (C::kTransposed) {
+        c1 = c0 + box % 2 * C::kBoxRows;
+        c0 = column + box / 2 * 64;
+      } else {
+        c1 = column + box * (C::kPaired ? arguments_.width : C::kBoxRows);
+      }
+      const uint32_t destination = stage_b(stage) + box * C::kBoxBytes;
+      if constexpr (C::kCluster > 1) {
+        copy_box_multicast(&map_b_, destination, full(stage), (1 << C::kCluster) - 1, c0, c1, tile.expert);
+      } else {
+        copy_box(&map_b_, destination, full(stage), c0, c1, tile.expert);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply(int stage, int group, int step, float (&accumulators)[C::kTileN / 2]) const {
+    const uint64_t a = operand_descriptor(stage_a(stage) + group * 64 * kSwizzleBytes, 0);
+    const uint64_t b = operand_descriptor(stage_b(stage), C::kTransposed ? 2 * C::kBoxBytes : 0);
+    constexpr int advance_b = C::kTransposed ? 16 * kSwizzleBytes : 32;  // 16 rows, or 16 elements
+#pragma unroll
+    for (int k = 0; k < kTileK / 16; ++k) {
+      mma<Element, C::kTileN, false, C::kTransposed>(accumulators, a + k * (32 / 16), b + k * (advance_b / 16),
+                                                     step > 0 || k > 0);
+    }
+  }
+
+  __device__ __forceinline__ void hand_over(int group, uint32_t phase, const float (&acc)[C::kTileN / 2]) const {
+    const int warp = group * 4 + threadIdx.x / 32 % 4;
+    const uint32_t buffer = staging(warp);
+    barrier_wait(taken(warp), phase ^ 1);
+#pragma unroll
+    for (int segment = 0; segment < C::kSegments; ++segment) {
+      stage_columns<kStagingColumns>(buffer + segment * kStagingBytes, [&](int i, int q) {
+        const int first = segment * kStagingColumns / 2 + 8 * i + 2 * q;
+        return round_pair<Element>(acc[first], acc[first + 1]);
+      });
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(handed_over(warp));
+  }
+
+  __device__ __forceinline__ void store(const Tile& tile, int group, const float (&acc)[C::kTileN / 2]) const {
+    const int warp = group * 4 + threadIdx.x / 32 % 4;
+    const uint32_t buffer = staging(warp);
+    const int row = row_of(tile) + warp * kWarpRows;
+    const int64_t width = arguments_.width;
+    const RowBlock<Element> out{static_cast<Element*>(arguments_.out) + row * width, width, tile.end - row};
+    const int first_column = tile.column * C::kColumns;
+    // Rounded at once: SwiGLU computes from what a backward reads, and half of the registers are free again.
+    uint32_t pairs[C::kTileN / 4];
+#pragma unroll
+    for (int i = 0; i < C::kTileN / 4; ++i) pairs[i] = round_pair<Element>(acc[2 * i], acc[2 * i + 1]);
+    pin(pairs);
+    constexpr int half = C::kTileN / 8;  // pairs of a thread in the gate columns
+    if constexpr (C::kEpilogue == Epilogue::kSwiGLUKeep) {
+      Element* h = static_cast<Element*>(arguments_.h) + row * 2 * width;
+      const RowBlock<Element> gate{h, 2 * width, out.rows}, up{h + width, 2 * width, out.rows};
+      store_tile<C::kColumns>(buffer, gate, first_column, arguments_.width, [&](int i) { return pairs[i]; });
+      store_tile<C::kColumns>(buffer, up, first_column, arguments_.width, [&](int i) { return pairs[half + i]; });
+    }
+    store_tile<C::kColumns>(buffer, out, first_column, arguments_.width,
+                            [&](int i) { return swiglu_pair<Element>(pairs[i], pairs[half + i]); });
+  }
+
+  const CUtensorMap& map_a_;
+  const CUtensorMap& map_b_;
+  const Arguments& arguments_;
+  int steps_;
+};
+
+}  // namespace dit_moe::sm90

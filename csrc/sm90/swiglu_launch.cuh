@@ -1,0 +1,82 @@
+// Host side: a launch of the grouped product with SwiGLU or its gradient.
+#pragma once
+
+#include "launch.cuh"
+#include "swiglu_block.cuh"
+
+namespace dit_moe::sm90 {
+
+struct SwiGLUProblem {
+  Problem product;             // its out is (rows, 2 width) with the gradient of SwiGLU
+  void* h = nullptr;           // (rows, 2 width), if the pre-activations are kept
+  DSwiGLUTensors gradients{};  // with the gradient of SwiGLU
+};
+
+inline bool valid(const SwiGLUProblem& problem) {
+  for (const void* pointer : {const_cast<const void*>(problem.h), problem.gradients.h,
+                              const_cast<const void*>(problem.gradients.weighted_a)}) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  }
+  return valid(problem.product);
+}
+
+template <class C>
+cudaError_t launch_configuration(const SwiGLUProblem& problem, int multiprocessors) {
+  constexpr bool is_bf16 = std::is_same_v<typename C::Element, __nv_bfloat16>;
+  const Problem& product = problem.product;
+  const int64_t columns = product.width * (C::kPaired ? 2 : 1);  // of the product
+  const int64_t tiles_n = ceil_div(product.width, C::kColumns);
+  const int64_t tiles_m = product.rows / (kTileM * C::kCluster) + product.num_experts;  // upper bound
+  if (tiles_m * tiles_n > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
+  CUtensorMap map_a{}, map_b{};
+  cudaError_t error = make_map(&map_a, product.x, is_bf16, product.depth, product.rows, 0, kTileM);
+  if (error != cudaSuccess) return error;
+  error = make_map(&map_b, product.w, is_bf16, C::kTransposed ? columns : product.depth,
+                   C::kTransposed ? product.depth : columns, product.num_experts, C::kBoxRows);
+  if (error != cudaSuccess) return error;
+  const int64_t clusters = std::min<int64_t>(tiles_m * tiles_n, multiprocessors / C::kCluster);
+  const SwiGLUArguments arguments{product.offsets,
+                                  product.out,
+                                  problem.h,
+                                  static_cast<int>(product.num_experts),
+                                  static_cast<int>(product.depth),
+                                  static_cast<int>(product.width),
+                                  product.rows,
+                                  problem.gradients};
+  return enqueue<SwiGLUBlock<C>>(map_a, map_b, arguments, clusters, product.stream);
+}
+
+// In clusters of two blocks, or alone where that is expected to be faster.
+template <typename Element, Epilogue kEpilogue, int kTileN>
+cudaError_t launch(const SwiGLUProblem& problem) {
+  using Pairs = SwiGLUConfig<Element, kEpilogue, kTileN, 2>;
+  const Problem& product = problem.product;
+  if (!valid(problem)) return cudaErrorInvalidValue;
+  if (product.rows == 0) return cudaSuccess;
+  int multiprocessors;
+  const cudaError_t error = count_multiprocessors(&multiprocessors);
+  if (error != cudaSuccess) return error;
+  const int64_t columns = product.width * (Pairs::kPaired ? 2 : 1);
+  const auto time = [&](int cluster) {
+    return expected_time(cluster, kTileN, product.depth > columns, product.rows, product.num_experts, columns,
+                         multiprocessors);
+  };
+  if (time(1) < time(2)) {
+    return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 1>>(problem, multiprocessors);
+  }
+  return launch_configuration<Pairs>(problem, multiprocessors);
+}
+
+// The same for an element type known at run time.
+template <Epilogue kEpilogue, int kTileN>
+cudaError_t launch(const SwiGLUProblem& problem, DitMoeDtype dtype) {
+  switch (dtype) {
+    case DIT_MOE_FLOAT16:
+      return launch<__half, kEpilogue, kTileN>(problem);
+    case DIT_MOE_BFLOAT16:
+      return launch<__nv_bfloat16, kEpilogue, kTileN>(problem);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dit_moe::sm90
