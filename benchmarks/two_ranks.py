@@ -127,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="in this order")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 64, 256], help="global batches of step_time")
+    parser.add_argument(
+        "--router", choices=("even", "initial"), default="even",
+        help="of step_time: as training makes them, or new ones, which send nearly all tokens to the same experts",
+    )  # fmt: skip
     parser.add_argument("--budget", type=float, default=560.0, help="seconds for everything; what is left is skipped")
     parser.add_argument("--tiny", action="store_true", help="narrow models, for a smoke run")
     return parser
@@ -143,14 +147,11 @@ def compare(bench: Bench) -> None:
 
 
 def step_time(bench: Bench) -> None:
-    """At most 0.6 of one rank's time."""
-    tiny, batches = bench.options.tiny, bench.options.batch
-    one = bench.start("step_time", "one", 1, partial(rank_speed.step_alone, batches=batches, tiny=tiny))
-    settings = [
-        rank_speed.Setting(batch, one[str(batch)]["recompute"])
-        for batch in batches
-        if "recompute" in one.get(str(batch), {})
-    ]
+    """At most 0.6 of one rank's time, each side with as few recomputed blocks as its memory asks for."""
+    tiny, batches, even = bench.options.tiny, bench.options.batch, bench.options.router == "even"
+    alone = partial(rank_speed.step_alone, batches=batches, tiny=tiny, even=even)
+    one = bench.start("step_time", "one", 1, alone)
+    settings = rank_speed.spread_settings(one, batches, even)
     if settings:
         two = bench.start("step_time", "two", 2, partial(rank_speed.step_spread, settings=settings, tiny=tiny))
         bench.judge("step_time", rank_speed.judge(one, two))

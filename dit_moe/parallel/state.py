@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)  # the common types, known without the import of torch's DTensor in each call
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -14,6 +16,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
     What works element by element (averaged weights, an update) runs on these at full speed, whatever the meshes.
     """
+    if type(tensor) in _PLAIN:
+        return tensor
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -21,6 +25,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def num_shards(tensor: Tensor) -> int:
     """Into how many different parts the ranks have cut a tensor; 1 for one that is not spread."""
+    if type(tensor) in _PLAIN:
+        return 1
     from torch.distributed.tensor import DTensor
 
     if not isinstance(tensor, DTensor):

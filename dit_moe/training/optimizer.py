@@ -110,7 +110,8 @@ class AdamW:
             generator: source of stochastic rounding, on the device.
         """
         gradients = self.gradients()
-        by_kernel = {name for name in gradients if self._by_kernel and self._is_narrow(name)}
+        kept = {name: self._kept(name) for name in gradients} if self._by_kernel else {}
+        by_kernel = {name: tensors for name, tensors in kept.items() if _is_narrow(tensors)}
         if by_kernel:
             self._step_by_kernel(by_kernel, gradients, learning_rate, divisor, skip, generator)
         for bucket in self._buckets:
@@ -123,15 +124,9 @@ class AdamW:
         """What lies here of a parameter's weight and its two moments."""
         return [local_part(tensors[name]) for tensors in (self.weights, self.exp_avg, self.exp_avg_sq)]
 
-    def _is_narrow(self, name: str) -> bool:
-        """Whether a parameter has elements here whose state is kept in bf16, as the kernel wants it."""
-        kept = self._kept(name)
-        narrow = any(tensor.dtype == torch.bfloat16 for tensor in kept)
-        return narrow and kept[0].numel() > 0 and all(tensor.is_contiguous() for tensor in kept)
-
     def _step_by_kernel(
         self,
-        names: set[str],
+        kept: Mapping[str, list[Tensor]],
         gradients: dict[str, Tensor],
         learning_rate: float,
         divisor: Tensor | None,
@@ -145,14 +140,14 @@ class AdamW:
         scalars = torch.cat([*(correction.float() for correction in corrections), divisor, skip])
         random = next_random_bits(generator, self.updates.device)
         for number, name in enumerate(self.parameters):
-            if name not in names:
+            if name not in kept:
                 continue
-            weight, exp_avg, exp_avg_sq = self._kept(name)
+            weight, exp_avg, exp_avg_sq = kept[name]
             adamw_(
                 weight, local_part(gradients[name]), exp_avg, exp_avg_sq, scalars, random, number,
                 learning_rate=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps,
             )  # fmt: skip
-        self.copy_weights(list(names))
+        self.copy_weights(list(kept))
 
     def _step_bucket(
         self,
@@ -204,6 +199,12 @@ class AdamW:
             state[f"{name}.exp_avg"] = self.exp_avg[name]
             state[f"{name}.exp_avg_sq"] = self.exp_avg_sq[name]
         return state
+
+
+def _is_narrow(kept: list[Tensor]) -> bool:
+    """Whether a parameter has elements here whose state is kept in bf16, as the kernel wants it."""
+    narrow = any(tensor.dtype == torch.bfloat16 for tensor in kept)
+    return narrow and kept[0].numel() > 0 and all(tensor.is_contiguous() for tensor in kept)
 
 
 def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
