@@ -31,7 +31,7 @@ def fits(case: Case) -> bool:
 
 
 SMALL_CASES = [case for case in (*CASES, *HOPPER_CASES) if fits(case)]
-# One case for each compiled width of a tile: a multiple of 256, 192, 176 and 240 (for dx), and 128 for few rows.
+# Odd and even numbers of columns of 128, whole and cut ones; one column alone.
 WIDTH_CASES = [
     Case(f"{width}x{hidden}_T{tokens}", tokens, experts, 2, width, hidden, "skewed", tile_rows=None)
     for width, hidden, tokens, experts in [
@@ -97,6 +97,19 @@ def test_gradient_for_rows(target, case):
         w = randn(case.num_experts, depth, width, target=target, scale=depth**-0.5)
         product = used_rows(plan, used, lambda grad, w: torch.ops.dit_moe.grouped_gemm_dx(grad, w, *tiles, "cuda"))
         check(f"{depth} to {width}", lambda grad, w: naive_grouped_gemm(grad, w.mT, ids), product, [grad, w])
+
+
+@pytest.mark.parametrize("height", range(16, 257, 16))
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_height_of_a_tile(target, height):
+    """Many experts with as many rows each: few tiles are expected to be fastest, and most heights occur."""
+    num_experts, width_in, width_out = 64, 128, 384
+    ids = (torch.arange(num_experts * height, device=target.device) % num_experts)[:, None]
+    plan = make_routing_plan(ids, num_experts)
+    x = randn(ids.shape[0], width_in, target=target)
+    w = randn(num_experts, width_out, width_in, target=target, scale=width_in**-0.5)
+    product = lambda x, w: grouped_gemm(x[plan.row_to_token.long()], w, plan, backend="cuda")  # noqa: E731
+    check("rows", lambda x, w: naive_grouped_gemm(x[plan.row_to_token.long()], w, ids), product, [x, w])
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)

@@ -1,0 +1,80 @@
+// Checks csrc/sm90/scheduler.cuh's TokenScheduler on the host: every row meets every column tile exactly once, blocks
+// of a pair agree, and what they say they share is the same. Prints the first case that fails and returns 1.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+static int32_t __ldg(const int32_t* address) { return *address; }
+using std::max;
+using std::min;
+
+#include "scheduler.cuh"
+
+using namespace dit_moe::sm90;
+
+namespace {
+
+struct Case {
+  std::vector<int32_t> offsets;
+  int columns, max_height, clusters;
+};
+
+bool pair_agrees(const TokenTile& a, const TokenTile& b) {
+  if (a.shared != b.shared) return false;
+  if (a.shared == Shared::kNothing) return true;
+  if (a.expert != b.expert || a.height != b.height) return false;
+  return a.shared == Shared::kTokens ? a.row == b.row && b.column == a.column + 1 : a.column == b.column;
+}
+
+bool tile_fits(const Case& c, const TokenTile& tile) {
+  if (tile.height <= 0 || tile.height % kHeightStep != 0 || tile.height > c.max_height) return false;
+  if (tile.rows < 0 || tile.rows > tile.height || tile.column < 0 || tile.column >= c.columns) return false;
+  return tile.rows == 0 || (tile.row >= c.offsets[tile.expert] && tile.row + tile.rows <= c.offsets[tile.expert + 1]);
+}
+
+const char* failure(const Case& c) {
+  const int num_experts = static_cast<int>(c.offsets.size()) - 1, rows = c.offsets.back();
+  std::vector<int> visits(static_cast<size_t>(rows) * c.columns);
+  for (int cluster = 0; cluster < c.clusters; ++cluster) {
+    TokenScheduler schedulers[2] = {
+        {c.offsets.data(), rows, num_experts, c.columns, c.max_height, cluster, c.clusters},
+        {c.offsets.data(), rows, num_experts, c.columns, c.max_height, cluster, c.clusters}};
+    TokenTile tiles[2];
+    while (true) {
+      const bool first = schedulers[0].next(0, tiles[0]), second = schedulers[1].next(1, tiles[1]);
+      if (first != second) return "one block of a pair ends before the other";
+      if (!first) break;
+      if (!pair_agrees(tiles[0], tiles[1])) return "what a pair shares is not the same";
+      for (const TokenTile& tile : tiles) {
+        if (!tile_fits(c, tile)) return "a tile is out of place";
+        for (int row = tile.row; row < tile.row + tile.rows; ++row) ++visits[row * c.columns + tile.column];
+      }
+    }
+  }
+  const bool once = std::all_of(visits.begin(), visits.end(), [](int count) { return count == 1; });
+  return once ? nullptr : "a row meets a column not exactly once";
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(0);
+  const auto below = [&](int bound) { return static_cast<int>(random() % bound); };
+  for (int trial = 0; trial < 2000; ++trial) {
+    Case c{{0}, 1 + below(12), kHeightStep * (1 + below(16)), 1 + below(70)};
+    const int num_experts = 1 + below(9), most = trial % 2 ? 40 : 3000;
+    for (int expert = 0; expert < num_experts; ++expert) {
+      c.offsets.push_back(c.offsets.back() + (below(3) == 0 ? 0 : below(most)));
+    }
+    if (const char* what = failure(c)) {
+      std::printf("trial %d, %d experts, %d rows, %d columns, height %d, %d clusters: %s\n", trial, num_experts,
+                  c.offsets.back(), c.columns, c.max_height, c.clusters, what);
+      return 1;
+    }
+  }
+  return 0;
+}
