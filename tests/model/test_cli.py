@@ -318,5 +318,6 @@ def test_auto_says_what_it_chose() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment.pop("TRITON_INTERPRET", None)
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert out.stdout.startswith("backend: reference on cpu in float32 for swiglu (not triton:")
+    assert out.stdout.startswith("backend: reference on cpu in float32 for swiglu (not cuda:")
+    assert "; not triton: the tensors are on the CPU" in out.stdout
     assert out.stdout.count("backend:") == 1

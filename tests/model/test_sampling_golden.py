@@ -20,6 +20,9 @@ from tests.model.util import tiny_model
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest value
+# DDIM takes square roots of its coefficients in float32, as the official code does, and a CPU's math library may round
+# one of them the other way (6e-8): over the ten steps 9.2e-8 of the largest value was seen, and 1e-9 where it does not.
+DDIM_TOLERANCE = {torch.float64: 2e-7, torch.float32: 1e-4}
 SAMPLERS = {"rf": sample_rectified_flow, "ddpm": sample_ddpm, "ddim": sample_ddim}
 
 
@@ -49,7 +52,7 @@ def test_rectified_flow_matches_official(name: str, dtype: torch.dtype) -> None:
 def test_ddim_matches_official(dtype: torch.dtype) -> None:
     arrays, model = load_golden("tiny_timm", dtype)
     sample = sample_ddim(model, arrays["noise"].to(dtype), arrays["y"], 10, 2.0)
-    assert_relative(sample, arrays["ddim10_eta0_cfg2"], TOLERANCE[dtype])
+    assert_relative(sample, arrays["ddim10_eta0_cfg2"], DDIM_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
