@@ -31,8 +31,8 @@ def define_op(
         schema: name and arguments in torch's schema language, without the namespace.
         impl: the implementation, for CPU and CUDA tensors alike.
         fake: computes empty outputs of the right shape and dtype from fake inputs.
-        setup_context, backward: as in `torch.library.register_autograd`, called with all arguments in the schema's order;
-            None for an op without gradient.
+        setup_context, backward: as in `torch.library.register_autograd`, called with all arguments in the schema's
+            order; None for an op without gradient.
     """
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
