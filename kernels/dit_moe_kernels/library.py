@@ -69,7 +69,7 @@ def _differentiable(op: Any, setup_context: Callable[..., None], backward: Calla
         return (*result, None) if isinstance(result, tuple) else (result, None)  # None is the keyset's
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-    function = type(op._schema.name.partition("::")[2], (torch.autograd.Function,), methods)
+    function: Any = type(op._schema.name.partition("::")[2], (torch.autograd.Function,), methods)
 
     def run(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
