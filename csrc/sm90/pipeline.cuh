@@ -1,8 +1,9 @@
 // What the grouped products have in common: a block is one producer warpgroup, which fills a ring of shared-memory
-// stages, and two consumer warpgroups, which multiply 64 rows of a tile each and store their results. Blocks stay and
-// stride over the output tiles; while the consumers store one tile, the producer already loads the next. Where much is
-// to be done with a result, the consumers hand it over in shared memory to a finishing warpgroup, and multiply on. Two
-// blocks may form a cluster, in which each fetches half of an operand for both.
+// stages, and two consumer warpgroups, which multiply 64 rows (or, with the tokens along the instruction's columns, 64
+// columns) of a tile each and store their results. Blocks stay and stride over the output tiles; while the consumers
+// store one tile, the producer already loads the next. Where much is to be done with a result, the consumers hand it
+// over in shared memory to a finishing warpgroup, and multiply on. Two blocks may form a cluster, in which each fetches
+// half of an operand for both.
 #pragma once
 
 #include "epilogue.cuh"
