@@ -12,8 +12,6 @@
 
 namespace dit_moe::sm90 {
 
-constexpr int kMaxHeight = 256;  // tokens of a tile
-
 template <typename Element_, bool kTransposed_>
 struct Config {
   using Element = Element_;
@@ -46,7 +44,7 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   using Arguments = GroupedArguments;
   using Layout = typename C::Layout;
   static constexpr int kCluster = C::kCluster;
-  static constexpr int kProducerRegisters = 40;  // it knows both blocks' tiles
+  static constexpr int kProducerRegisters = 40;  // its scheduler may have to look ahead to the next group
   static constexpr int kConsumerRegisters = 232;
 
   __device__ __forceinline__ Block(const CUtensorMap& map_x, const CUtensorMap& map_w, const Arguments& arguments,

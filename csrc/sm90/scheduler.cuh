@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "tile_choice.h"
+
 namespace dit_moe::sm90 {
 
 struct Tile {
@@ -86,8 +88,6 @@ struct TokenTile {
   int column;     // in tiles
   Shared shared;  // with the pair's other tile
 };
-
-constexpr int kHeightStep = 16;
 
 // Cuts each expert's rows into as few tiles as `max_height` allows, all of one height: so each wastes less than
 // kHeightStep rows, however many rows an expert has. Tiles are dealt out in pairs, one a cluster: neighbours in a row,

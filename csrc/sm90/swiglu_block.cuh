@@ -30,8 +30,8 @@ struct SwiGLUConfig {
   static constexpr int kSegments = kTileN / kStagingColumns;
   static constexpr int kColumns = kPaired ? kTileN / 2 : kTileN;  // of out
   static constexpr int kBytesA = kTileM * kSwizzleBytes;
-  // W comes in boxes of 128-byte rows: two of kTileN / 2 rows along N, or, transposed, two per 64 columns, of 32 rows.
-  static constexpr int kBoxes = kTransposed ? 2 * ((kTileN + 63) / 64) : 2;
+  // W comes in boxes of 128-byte rows: one of gate and one of up, or, transposed, two per 64 columns, of 32 rows.
+  static constexpr int kBoxes = kTransposed ? 2 * (kTileN / 64) : 2;
   static constexpr int kBoxRows = kTransposed ? kTileK / 2 : kTileN / 2;
   static constexpr int kBoxBytes = kBoxRows * kSwizzleBytes;
   static constexpr int kBytesB = kBoxes * kBoxBytes;
@@ -179,7 +179,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
         c1 = c0 + box % 2 * C::kBoxRows;
         c0 = column + box / 2 * 64;
       } else {
-        c1 = column + box * (C::kPaired ? arguments_.width : C::kBoxRows);
+        c1 = column + box * arguments_.width;
       }
       const uint32_t destination = stage_b(stage) + box * C::kBoxBytes;
       if constexpr (C::kCluster > 1) {

@@ -12,6 +12,9 @@
 namespace dit_moe::sm90 {
 
 constexpr int kTileM = 128;
+// Of tiles that are as high as an expert's rows ask for.
+constexpr int kHeightStep = 16;
+constexpr int kMaxHeight = 256;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -45,12 +48,12 @@ Shape fastest(const Shape (&shapes)[kCount], const Time& time) {
 
 // ---- products with tiles of equal height (TokenScheduler)
 
-// The rows that such a product's tiles have at most, a multiple of 16 up to 256, for the least expected time: rounds of
+// The rows that such a product's tiles have at most, a multiple of kHeightStep, for the least expected time: rounds of
 // the whole GPU, as pairs of blocks, times what a round of such tiles costs, in rows. Below about 200 rows a tile waits
 // for its weights (a fit to times on an H100 of heights from 64 to 256, XL layer, T = 32768). Rows of an expert scatter
 // about their mean as if every row chose for itself.
 inline int choose_height(int64_t rows, int64_t num_experts, int64_t depth, int64_t column_tiles, int multiprocessors) {
-  constexpr int step = 16, highest = 256, lowest = 48;
+  constexpr int step = kHeightStep, highest = kMaxHeight, lowest = 3 * kHeightStep;
   constexpr double deviations[] = {-1.3, -0.5, 0.0, 0.5, 1.3};
   const double mean = static_cast<double>(rows) / static_cast<double>(num_experts);
   const double spread = num_experts > 1 ? std::sqrt(mean) : 0.0;
