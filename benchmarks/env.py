@@ -25,15 +25,16 @@ _SETTINGS = (
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-def describe(arguments: list[str], device: str) -> dict[str, Any]:
+def describe(arguments: list[str], device: str, module: str = "run") -> dict[str, Any]:
     """Command, time, versions, GPU and commit of this run, as JSON can hold it.
 
     Args:
-        arguments: command line after `python -m benchmarks.run`.
+        arguments: command line after `python -m benchmarks.MODULE`.
         device: "cuda" or "cpu".
+        module: of this package, the one that runs.
     """
     return {
-        "command": ["python", "-m", "benchmarks.run", *arguments],
+        "command": ["python", "-m", f"benchmarks.{module}", *arguments],
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git": _git(),
         "python": platform.python_version(),

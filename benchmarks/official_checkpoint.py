@@ -43,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = measure(options, Path(folder) / "official.pt")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = ["python", "-m", "benchmarks.official_checkpoint", *given]
-    result["environment"] = env.describe(given, options.device) | {"command": command}
+    result["environment"] = env.describe(given, options.device, "official_checkpoint")
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:

@@ -34,13 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
-    command = ["python", "-m", "benchmarks.rank_share", *given]
     result: dict[str, Any] = {
         "preset": options.preset,
         "ranks": options.ranks,
         "parallel": options.parallel,
         "runs": [],
-        "environment": env.describe(given, options.device) | {"command": command},
+        "environment": env.describe(given, options.device, "rank_share"),
     }
     with _process_group(options.parallel, device):
         for batch in options.batch:

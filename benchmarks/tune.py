@@ -178,7 +178,7 @@ def main() -> int:
         records += found
         for record in found[:8]:
             print(entry, case, tokens, record["median_ms"], "ms", record["config"], record["status"])
-        table = {"environment": env.describe(sys.argv[1:], "cuda"), "records": records}
+        table = {"environment": env.describe(sys.argv[1:], "cuda", "tune"), "records": records}
         (options.out / "tune.json").write_text(json.dumps(table, indent=1) + "\n")
     return 0
 

@@ -101,10 +101,8 @@ class Bench:
         (self.options.out / "two_ranks.json").write_text(json.dumps(self.results, indent=1) + "\n")
 
     def _environment(self, device: str) -> dict[str, Any]:
-        return env.describe(self._given, device) | {
-            "command": ["python", "-m", "benchmarks.two_ranks", *self._given],
-            "topology": _topology() if self.options.device == "cuda" else None,
-        }
+        topology = _topology() if self.options.device == "cuda" else None
+        return {**env.describe(self._given, device, "two_ranks"), "topology": topology}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
