@@ -236,7 +236,7 @@ def _exchange_seconds(images: int, config: DiTConfig) -> dict[str, float]:
     """One all-to-all of a layer's rows, and one all-reduce of what DDP averages, with nothing beside them."""
     device, ranks = rank_device(), dist.get_world_size()
     rows = images * config.num_tokens * config.top_k // ranks * ranks
-    sent = torch.zeros(rows, config.hidden_size, dtype=torch.bfloat16, device=device)
+    sent = torch.randn(rows, config.hidden_size, dtype=torch.bfloat16, device=device)
     received = torch.empty_like(sent)
     seconds = _repeated(lambda: dist.all_to_all_single(received, sent), device)
     return {"images a rank": images, "bytes": sent.nbytes, "seconds": seconds}

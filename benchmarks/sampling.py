@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,9 @@ from dit_moe.engine import SamplingEngine
 from . import env
 from .cases import TINY_CASE
 from .models import fresh_model, moe_config
-from .timing import make_clock
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from .suites.base import DTYPES
+from .timing import Clock, make_clock
+from .trainers import timed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     result: dict[str, Any] = {
-        "environment": env.describe(given, options.device)
-        | {"command": ["python", "-m", "benchmarks.sampling", *given]},
+        "environment": env.describe(given, options.device, "sampling"),
         "runs": [],
     }
     for case in options.case:
@@ -57,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=_DTYPES, default="bf16" if on_gpu else "fp32")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if on_gpu else "fp32")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="JSON file of the results")
     return parser
@@ -67,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a trajectory and of a forward, their ratio, memory, and whether two trajectories are the same bits."""
     device = options.device
-    model = fresh_model(moe_config(case), device, _DTYPES[options.dtype]).eval()
+    model = fresh_model(moe_config(case), device, DTYPES[options.dtype]).eval()
     generator = torch.Generator(device).manual_seed(0)
     config = model.config
     shape = (options.images, config.in_channels, config.input_size, config.input_size)
@@ -78,14 +76,14 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     def trajectory() -> Tensor:
         return sample_rectified_flow(engine, noise, class_ids, steps=options.steps, cfg_scale=4.0)
 
-    first, seconds = _seconds(trajectory, device)
-    again = trajectory()
-    forward = _forward(model, 2 * options.images, device, generator)
+    results: list[Tensor] = []
+    first_seconds, _ = (timed(lambda: results.append(trajectory()), torch.device(device)) for _ in range(2))
     clock = make_clock(device)
+    forward = _forward(model, 2 * options.images, clock, generator)
     clock.warm_up(2000 if device == "cuda" else 0)
     trajectories, forwards = [], []
     for _ in range(options.rounds):
-        trajectories.append(_seconds(trajectory, device)[1])
+        trajectories.append(timed(trajectory, torch.device(device)))
         forwards.append(clock.time_ms([forward], options.steps) / 1e3)
     sampled, single = statistics.median(trajectories), statistics.median(forwards)
     return {
@@ -94,43 +92,35 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
         "steps": options.steps,
         "dtype": options.dtype,
         "mode": engine.mode,
-        "first_seconds": seconds,
+        "first_seconds": first_seconds,
         "seconds": trajectories,
         "median_seconds": sampled,
         "forward_seconds": forwards,
         "median_forward_seconds": single,
         "ratio_to_forwards": sampled / (options.steps * single),
-        "repeats_bit_for_bit": torch.equal(first, again),
-        "finite": bool(first.isfinite().all()),
+        "repeats_bit_for_bit": torch.equal(*results),
+        "finite": bool(results[0].isfinite().all()),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() if device == "cuda" else None,
     }
 
 
-def _forward(model: DiT, batch: int, device: str, generator: torch.Generator) -> Callable[[], Any]:
+def _forward(model: DiT, batch: int, clock: Clock, generator: torch.Generator) -> Callable[[], Any]:
     """One forward, as a CUDA graph on a GPU."""
-    config, dtype = model.config, next(model.parameters()).dtype
+    config, dtype, device = model.config, next(model.parameters()).dtype, generator.device
     shape = (batch, config.in_channels, config.input_size, config.input_size)
     x = torch.randn(shape, device=device, generator=generator).to(dtype)
     t = torch.rand(batch, device=device, generator=generator)
     y = torch.arange(batch, device=device) % config.num_classes
     inputs = (x, t, y)
     call = partial(model, *inputs)
-    if device == "cpu":
+    if device.type == "cpu":
         return call
-    replay = make_clock(device).capture([call])
+    replay = clock.capture([call])
 
     def forward(held: tuple[Tensor, ...] = inputs) -> None:  # the graph reads them where they lie
         replay()
 
     return forward
-
-
-def _seconds(run: Callable[[], Tensor], device: str) -> tuple[Tensor, float]:
-    start = time.perf_counter()
-    result = run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
 
 
 if __name__ == "__main__":
