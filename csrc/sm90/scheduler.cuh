@@ -9,9 +9,10 @@ namespace dit_moe::sm90 {
 
 struct Tile {
   int expert;
-  int row;     // first row
+  int row;     // first row of this block's part
   int end;     // end of the expert's rows
   int column;  // in tiles
+  bool split;  // along the columns: the cluster's blocks have the same rows
 };
 
 struct Place {
@@ -29,8 +30,10 @@ __device__ __forceinline__ Place sweep(int number, int tiles_m, int tiles_n, int
   return {group * group_m + place - column * height, column};
 }
 
-// Tiles are numbered expert by expert. Without offsets the only expert owns all rows.
-template <int kRows>
+// Tiles are numbered expert by expert. A cluster's tile is kTileM rows a block, of neighbouring rows; where two blocks
+// are left with no more than kTileM rows of an expert, they take neighbouring columns of these. Without offsets the only
+// expert owns all rows.
+template <int kCluster>
 class TileScheduler {
  public:
   __device__ __forceinline__ TileScheduler(const int32_t* offsets, int num_rows, int num_experts, int tiles_n,
@@ -40,12 +43,14 @@ class TileScheduler {
     end_ = offsets == nullptr ? num_rows : __ldg(offsets + 1);
   }
 
-  // False when no tile is left.
-  __device__ __forceinline__ bool next(Tile& tile) {
+  // The part that block 0 or 1 of a cluster has of the next tile. False when none is left.
+  __device__ __forceinline__ bool next(int block, Tile& tile) {
     while (expert_ < num_experts_) {
-      const int tiles = tiles_m() * tiles_n_;
+      const int tiles = tiles_m() * tiles_n_ + (split() ? (tiles_n_ + 1) / 2 : 0);
       if (next_ < tiles) {
-        place(next_, tile);
+        tile.expert = expert_;
+        tile.end = end_;
+        place(block, tile);
         next_ += step_;
         return true;
       }
@@ -57,14 +62,36 @@ class TileScheduler {
   }
 
  private:
-  __device__ __forceinline__ int tiles_m() const { return (end_ - start_ + kRows - 1) / kRows; }
+  static constexpr int kRows = kCluster * kTileM;
 
-  __device__ __forceinline__ void place(int local, Tile& tile) const {
-    const Place place = sweep(local, tiles_m(), tiles_n_, group_m_);
-    tile.expert = expert_;
-    tile.row = start_ + place.row * kRows;
-    tile.end = end_;
-    tile.column = place.column;
+  // But for the rows of split tiles.
+  __device__ __forceinline__ int tiles_m() const { return (end_ - start_ + kTileM - 1) / kRows; }
+  __device__ __forceinline__ bool split() const { return end_ - start_ > tiles_m() * kRows; }
+
+  // Split tiles come between the others of their columns, which need the same weights.
+  __device__ __forceinline__ void place(int block, Tile& tile) const {
+    const int before = max(tiles_m() - 1, 0) / group_m_ * group_m_;  // row tiles of whole groups
+    const int height = tiles_m() - before, number = next_ - before * tiles_n_;
+    Place place;
+    tile.split = false;
+    if (number < 0 || !split()) {
+      place = sweep(next_, tiles_m(), tiles_n_, group_m_);
+    } else {
+      const int pair = number / (2 * height + 1), rest = number - pair * (2 * height + 1);
+      const bool second = rest >= height && 2 * pair + 1 < tiles_n_;
+      place = {before + rest - second * height, 2 * pair + second};
+      tile.split = place.row == tiles_m();
+    }
+    if (!tile.split) {
+      tile.row = start_ + place.row * kRows + block * kTileM;
+      tile.column = place.column;
+      return;
+    }
+    tile.row = start_ + tiles_m() * kRows;
+    tile.column = place.column / 2 * 2 + block;
+    if (tile.column < tiles_n_) return;
+    --tile.column;  // an odd number of columns: nothing is left for this block, which stores no row of its neighbour's
+    tile.end = tile.row;
   }
 
   const int32_t* offsets_;

@@ -1,6 +1,7 @@
 // Grouped matrix product for Hopper, A[rows of expert e] W[e], with SwiGLU or its gradient for an epilogue.
 //
-// Two blocks of a cluster compute neighbouring row tiles of one expert and share the weights.
+// Two blocks of a cluster compute neighbouring row tiles of one expert and share the weights, or, at its last rows,
+// neighbouring columns, and share the rows.
 #pragma once
 
 #include "dswiglu.cuh"
@@ -29,10 +30,12 @@ struct SwiGLUConfig {
   static constexpr bool kTransposed = kFinishes;  // W is (E, K, N) in memory instead of (E, N, K)
   static constexpr int kSegments = kTileN / kStagingColumns;
   static constexpr int kColumns = kPaired ? kTileN / 2 : kTileN;  // of out
-  static constexpr int kBytesA = kTileM * kSwizzleBytes;
-  // W comes in boxes of 128-byte rows: one of gate and one of up, or, transposed, two per 64 columns, of 32 rows.
-  static constexpr int kBoxes = kTransposed ? 2 * (kTileN / 64) : 2;
-  static constexpr int kBoxRows = kTransposed ? kTileK / 2 : kTileN / 2;
+  // Rows come in boxes of 64, one for each consumer.
+  static constexpr int kRowBoxBytes = kTileM / 2 * kSwizzleBytes;
+  static constexpr int kBytesA = 2 * kRowBoxBytes;
+  // W comes in boxes of 128-byte rows: one of gate and one of up, or, transposed, one per 64 columns.
+  static constexpr int kBoxes = kTransposed ? kTileN / 64 : 2;
+  static constexpr int kBoxRows = kTransposed ? kTileK : kTileN / 2;
   static constexpr int kBoxBytes = kBoxRows * kSwizzleBytes;
   static constexpr int kBytesB = kBoxes * kBoxBytes;
   using Layout = SharedLayout<kBytesA, kBytesB, kFinishes ? kSegments * kStagingBytes : kStagingBytes>;
@@ -65,7 +68,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
  public:
   using Element = typename C::Element;
   using Arguments = SwiGLUArguments;
-  using Scheduler = TileScheduler<kTileM * C::kCluster>;
+  using Scheduler = TileScheduler<C::kCluster>;
   using Layout = typename C::Layout;
   static constexpr int kCluster = C::kCluster;
   static constexpr bool kFinishes = C::kFinishes;
@@ -83,10 +86,9 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     Scheduler scheduler = make_scheduler();
     typename Base::StageRing ring;
     Tile tile;
-    while (scheduler.next(tile)) {
-      const int row = row_of(tile);
+    while (scheduler.next(rank(), tile)) {
       this->fill(ring, steps_, Layout::kStageBytes, [&](int stage, int step) {
-        copy_box(&map_a_, stage_a(stage), full(stage), step * kTileK, row);
+        copy_rows(stage, tile, step);
         copy_weights(stage, tile, step);
       });
     }
@@ -99,7 +101,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     Tile tile;
     int lead = C::kStagger < steps_ ? C::kStagger : steps_;
     uint32_t phase = 0;
-    while (scheduler.next(tile)) {
+    while (scheduler.next(rank(), tile)) {
       this->drain(
           ring, steps_, group, lead, accumulators,
           [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {});
@@ -120,8 +122,8 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     Scheduler scheduler = make_scheduler();
     uint32_t phase = 0;
     Tile tile;
-    while (scheduler.next(tile)) {
-      const int row = row_of(tile);
+    while (scheduler.next(rank(), tile)) {
+      const int row = tile.row;
       const int rows = min(tile.end - row, kTileM);
       const FinishedTile finished(arguments_.dswiglu, arguments_.out, row, rows, tile.column * C::kColumns,
                                   arguments_.width);
@@ -166,33 +168,40 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
                      blockIdx.x / C::kCluster, gridDim.x / C::kCluster);
   }
 
-  static __device__ __forceinline__ int row_of(const Tile& tile) { return tile.row + rank() * kTileM; }
-
-  // Boxes are dealt out over the cluster's blocks, box by box.
-  __device__ __forceinline__ void copy_weights(int stage, const Tile& tile, int step) const {
-    const int column = tile.column * C::kColumns;
+  // Shared, each block copies one box for both.
+  __device__ __forceinline__ void copy_rows(int stage, const Tile& tile, int step) const {
 #pragma unroll
-    for (int i = 0; i < C::kBoxes / C::kCluster; ++i) {
-      const int box = i * C::kCluster + rank();
-      int c0 = step * kTileK, c1;
-      if constexpr (C::kTransposed) {
-        c1 = c0 + box % 2 * C::kBoxRows;
-        c0 = column + box / 2 * 64;
-      } else {
-        c1 = column + box * arguments_.width;
-      }
-      const uint32_t destination = stage_b(stage) + box * C::kBoxBytes;
-      if constexpr (C::kCluster > 1) {
-        copy_box_multicast(&map_b_, destination, full(stage), (1 << C::kCluster) - 1, c0, c1, tile.expert);
-      } else {
-        copy_box(&map_b_, destination, full(stage), c0, c1, tile.expert);
+    for (int box = 0; box < 2; ++box) {
+      const uint32_t destination = stage_a(stage) + box * C::kRowBoxBytes;
+      const int row = tile.row + box * (kTileM / 2);
+      if (C::kCluster == 1 || !tile.split) {
+        copy_box(&map_a_, destination, full(stage), step * kTileK, row);
+      } else if (box == rank()) {
+        copy_box_multicast(&map_a_, destination, full(stage), kBoth, step * kTileK, row);
       }
     }
   }
 
+  // Boxes are dealt out over the cluster's blocks, box by box, an odd one to each in turn.
+  __device__ __forceinline__ void copy_weights(int stage, const Tile& tile, int step) const {
+    const int column = tile.column * C::kColumns;
+    const auto copy = [&](int box) {
+      const uint32_t destination = stage_b(stage) + box * C::kBoxBytes;
+      const int c0 = C::kTransposed ? column + box * 64 : step * kTileK;
+      const int c1 = C::kTransposed ? step * kTileK : column + box * arguments_.width;
+      if (C::kCluster == 1 || tile.split) {
+        copy_box(&map_b_, destination, full(stage), c0, c1, tile.expert);
+      } else if ((box + step * C::kBoxes) % 2 == rank()) {
+        copy_box_multicast(&map_b_, destination, full(stage), kBoth, c0, c1, tile.expert);
+      }
+    };
+#pragma unroll
+    for (int box = 0; box < C::kBoxes; ++box) copy(box);
+  }
+
   __device__ __forceinline__ void multiply(int stage, int group, int step, float (&accumulators)[C::kTileN / 2]) const {
     const uint64_t a = operand_descriptor(stage_a(stage) + group * 64 * kSwizzleBytes, 0);
-    const uint64_t b = operand_descriptor(stage_b(stage), C::kTransposed ? 2 * C::kBoxBytes : 0);
+    const uint64_t b = operand_descriptor(stage_b(stage), C::kTransposed ? C::kBoxBytes : 0);
     constexpr int advance_b = C::kTransposed ? 16 * kSwizzleBytes : 32;  // 16 rows, or 16 elements
 #pragma unroll
     for (int k = 0; k < kTileK / 16; ++k) {
@@ -219,7 +228,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   __device__ __forceinline__ void store(const Tile& tile, int group, const float (&acc)[C::kTileN / 2]) const {
     const int warp = group * 4 + threadIdx.x / 32 % 4;
     const uint32_t buffer = staging(warp);
-    const int row = row_of(tile) + warp * kWarpRows;
+    const int row = tile.row + warp * kWarpRows;
     const int64_t width = arguments_.width;
     const RowBlock<Element> out{static_cast<Element*>(arguments_.out) + row * width, width, tile.end - row};
     const int first_column = tile.column * C::kColumns;
@@ -238,6 +247,8 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     store_tile<C::kColumns>(buffer, out, first_column, arguments_.width,
                             [&](int i) { return swiglu_pair<Element>(pairs[i], pairs[half + i]); });
   }
+
+  static constexpr uint16_t kBoth = 3;
 
   const CUtensorMap& map_a_;
   const CUtensorMap& map_b_;

@@ -29,7 +29,7 @@ cudaError_t launch_configuration(const SwiGLUProblem& problem, int multiprocesso
   const int64_t tiles_m = product.rows / (kTileM * C::kCluster) + product.num_experts;  // upper bound
   if (tiles_m * tiles_n > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
   CUtensorMap map_a{}, map_b{};
-  cudaError_t error = make_map(&map_a, product.x, is_bf16, product.depth, product.rows, 0, kTileM);
+  cudaError_t error = make_map(&map_a, product.x, is_bf16, product.depth, product.rows, 0, kTileM / 2);
   if (error != cudaSuccess) return error;
   error = make_map(&map_b, product.w, is_bf16, C::kTransposed ? columns : product.depth,
                    C::kTransposed ? product.depth : columns, product.num_experts, C::kBoxRows);
