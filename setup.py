@@ -31,6 +31,7 @@ SOURCES = (
     "router.cu",
     "routing_plan.cu",
     "topk_softmax.cu",
+    "norm_modulate.cu",
     "permute.cu",
     "swiglu.cu",
     "unpermute.cu",

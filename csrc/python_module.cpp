@@ -57,6 +57,15 @@ void swiglu_backward(Address dout, Address h, Address dh, int64_t num_rows, int6
         dit_moe_swiglu_backward(pointer(dout), pointer(h), pointer(dh), num_rows, width, dtype, stream_handle(stream)));
 }
 
+void norm_modulate(Address x, Address gate, Address y, Address shift, Address scale, Address total, Address out,
+                   int64_t num_images, int64_t num_tokens, int64_t width, int64_t gate_stride, int64_t shift_stride,
+                   int64_t scale_stride, double eps, DitMoeDtype dtype, DitMoeDtype branch_dtype, Address stream) {
+  check("norm_modulate",
+        dit_moe_norm_modulate(pointer(x), pointer(gate), pointer(y), pointer(shift), pointer(scale), pointer(total),
+                              pointer(out), num_images, num_tokens, width, gate_stride, shift_stride, scale_stride, eps,
+                              dtype, branch_dtype, stream_handle(stream)));
+}
+
 void router_logits(Address x, Address gate, Address logits, int64_t num_tokens, int64_t depth, int64_t num_experts,
                    DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
   check("router_logits", dit_moe_router_logits(pointer(x), pointer(gate), pointer<float>(logits), num_tokens, depth,
@@ -213,6 +222,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dtype"), py::arg("stream"));
   module.def("swiglu_backward", &swiglu_backward, Unlocked(), py::arg("dout"), py::arg("h"), py::arg("dh"),
              py::arg("num_rows"), py::arg("width"), py::arg("dtype"), py::arg("stream"));
+  module.def("norm_modulate", &norm_modulate, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("y"), py::arg("shift"),
+             py::arg("scale"), py::arg("total"), py::arg("out"), py::arg("num_images"), py::arg("num_tokens"),
+             py::arg("width"), py::arg("gate_stride"), py::arg("shift_stride"), py::arg("scale_stride"), py::arg("eps"),
+             py::arg("dtype"), py::arg("branch_dtype"), py::arg("stream"));
   module.def("router_logits", &router_logits, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("logits"),
              py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"),
              py::arg("stream"));

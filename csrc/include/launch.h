@@ -54,6 +54,21 @@ cudaError_t dit_moe_swiglu(const void* h, void* out, int64_t num_rows, int64_t w
 cudaError_t dit_moe_swiglu_backward(const void* dout, const void* h, void* dh, int64_t num_rows, int64_t width,
                                     DitMoeDtype dtype, cudaStream_t stream);
 
+// ---- norms: between the sub-layers of an adaLN block
+//
+// B images of N tokens; B * N fits in 31 bits. The images' vectors (B, D) are contiguous rows, any number of elements
+// apart: that is their stride. dtype is that of the residual stream; branch_dtype, of all else, is the same, or of 16
+// bits where dtype is fp32. Statistics are in fp32.
+
+// out = (total - mean) / sqrt(variance + eps) * (1 + scale) + shift, mean and variance being the row's, where
+// total = x + gate * y, rounded to dtype. gate, y and total may be NULL, all three: then x takes the place of total.
+//   x (B, N, D) dtype, gate (B, D) branch_dtype, y (B, N, D) branch_dtype, shift and scale (B, D) branch_dtype
+//   -> total (B, N, D) dtype, out (B, N, D) branch_dtype
+cudaError_t dit_moe_norm_modulate(const void* x, const void* gate, const void* y, const void* shift, const void* scale,
+                                  void* total, void* out, int64_t num_images, int64_t num_tokens, int64_t width,
+                                  int64_t gate_stride, int64_t shift_stride, int64_t scale_stride, double eps,
+                                  DitMoeDtype dtype, DitMoeDtype branch_dtype, cudaStream_t stream);
+
 // ---- routing: which experts a token goes to, and where its copies go
 //
 // E is at most 64 for the router and the softmax, 512 for the plan. x and gate are matrices whose rows are whole

@@ -47,6 +47,25 @@ def unpermute_backward(
 ) -> None: ...
 def swiglu(h: int, out: int, num_rows: int, width: int, dtype: int, stream: int) -> None: ...
 def swiglu_backward(dout: int, h: int, dh: int, num_rows: int, width: int, dtype: int, stream: int) -> None: ...
+def norm_modulate(
+    x: int,
+    gate: int,
+    y: int,
+    shift: int,
+    scale: int,
+    total: int,
+    out: int,
+    num_images: int,
+    num_tokens: int,
+    width: int,
+    gate_stride: int,
+    shift_stride: int,
+    scale_stride: int,
+    eps: float,
+    dtype: int,
+    branch_dtype: int,
+    stream: int,
+) -> None: ...
 def router_logits(
     x: int,
     gate: int,

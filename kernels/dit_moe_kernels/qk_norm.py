@@ -43,7 +43,7 @@ def qk_norm(
         checks.check_same_device(name, weight, "q", q)
         checks.check_shape(name, weight, (q.shape[3],))
     dtype = checks.autocast_dtype(q)
-    backend = backends.resolve(backend, "norm", q.device.type, q.dtype)
+    backend = backends.resolve(backend, "norm", q.device.type, q.dtype, refusal="qk_norm is not written in CUDA")
     if backend == "reference":  # as plain operations, which torch.compile may fuse
         return reference_norm.qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, eps, dtype)
     return _qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, eps, dtype, backend)
