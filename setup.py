@@ -32,6 +32,7 @@ SOURCES = (
     "routing_plan.cu",
     "topk_softmax.cu",
     "norm_modulate.cu",
+    "norm_modulate_backward.cu",
     "permute.cu",
     "swiglu.cu",
     "unpermute.cu",

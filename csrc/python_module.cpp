@@ -66,6 +66,19 @@ void norm_modulate(Address x, Address gate, Address y, Address shift, Address sc
                               dtype, branch_dtype, stream_handle(stream)));
 }
 
+void norm_modulate_backward(Address dout, Address dsum, Address x, Address gate, Address y, Address scale, Address dx,
+                            Address dy, Address dshift, Address dscale, Address dgate, Address statistics,
+                            Address partials, int64_t num_images, int64_t num_tokens, int64_t width,
+                            int64_t gate_stride, int64_t scale_stride, int64_t num_parts, double eps, DitMoeDtype dtype,
+                            DitMoeDtype branch_dtype, Address stream) {
+  check("norm_modulate_backward",
+        dit_moe_norm_modulate_backward(pointer(dout), pointer(dsum), pointer(x), pointer(gate), pointer(y),
+                                       pointer(scale), pointer(dx), pointer(dy), pointer(dshift), pointer(dscale),
+                                       pointer(dgate), pointer<float>(statistics), pointer<float>(partials), num_images,
+                                       num_tokens, width, gate_stride, scale_stride, num_parts, eps, dtype,
+                                       branch_dtype, stream_handle(stream)));
+}
+
 void router_logits(Address x, Address gate, Address logits, int64_t num_tokens, int64_t depth, int64_t num_experts,
                    DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
   check("router_logits", dit_moe_router_logits(pointer(x), pointer(gate), pointer<float>(logits), num_tokens, depth,
@@ -226,6 +239,12 @@ PYBIND11_MODULE(_C, module) {
              py::arg("scale"), py::arg("total"), py::arg("out"), py::arg("num_images"), py::arg("num_tokens"),
              py::arg("width"), py::arg("gate_stride"), py::arg("shift_stride"), py::arg("scale_stride"), py::arg("eps"),
              py::arg("dtype"), py::arg("branch_dtype"), py::arg("stream"));
+  module.def("norm_modulate_backward", &norm_modulate_backward, Unlocked(), py::arg("dout"), py::arg("dsum"),
+             py::arg("x"), py::arg("gate"), py::arg("y"), py::arg("scale"), py::arg("dx"), py::arg("dy"),
+             py::arg("dshift"), py::arg("dscale"), py::arg("dgate"), py::arg("statistics"), py::arg("partials"),
+             py::arg("num_images"), py::arg("num_tokens"), py::arg("width"), py::arg("gate_stride"),
+             py::arg("scale_stride"), py::arg("num_parts"), py::arg("eps"), py::arg("dtype"), py::arg("branch_dtype"),
+             py::arg("stream"));
   module.def("router_logits", &router_logits, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("logits"),
              py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"),
              py::arg("stream"));

@@ -69,6 +69,22 @@ cudaError_t dit_moe_norm_modulate(const void* x, const void* gate, const void* y
                                   int64_t gate_stride, int64_t shift_stride, int64_t scale_stride, double eps,
                                   DitMoeDtype dtype, DitMoeDtype branch_dtype, cudaStream_t stream);
 
+// Gradients of the above, x being the total where there was one: with dn = dout * (1 + scale) behind the normalisation,
+//   dx = (dn - mean of dn - n * mean of dn n) / sqrt(variance + eps) + dsum, n being the normalised row, and dy = gate
+//   dx
+// and, summed in fp32 over an image's tokens, dshift = sum dout, dscale = sum dout n, dgate = sum dx y.
+// dsum, gate, y, dy and dgate may be NULL, all five. statistics and partials are workspace, at multiples of 16 bytes.
+//   dout (B, N, D) branch_dtype, dsum and x (B, N, D) dtype, gate (B, D) branch_dtype, y (B, N, D) branch_dtype, scale
+//   (B, D) branch_dtype, statistics (B, N, 4) fp32, partials (B, P, 3, D) fp32, or (B, P, 2, D) without y
+//   -> dx (B, N, D) dtype, dy (B, N, D) branch_dtype, dshift, dscale and dgate (B, D) contiguous branch_dtype;
+//   num_parts is P, in so many parts an image's tokens are summed: 1 to N, or 0 if N is 0
+cudaError_t dit_moe_norm_modulate_backward(const void* dout, const void* dsum, const void* x, const void* gate,
+                                           const void* y, const void* scale, void* dx, void* dy, void* dshift,
+                                           void* dscale, void* dgate, float* statistics, float* partials,
+                                           int64_t num_images, int64_t num_tokens, int64_t width, int64_t gate_stride,
+                                           int64_t scale_stride, int64_t num_parts, double eps, DitMoeDtype dtype,
+                                           DitMoeDtype branch_dtype, cudaStream_t stream);
+
 // ---- routing: which experts a token goes to, and where its copies go
 //
 // E is at most 64 for the router and the softmax, 512 for the plan. x and gate are matrices whose rows are whole

@@ -135,9 +135,7 @@ def _norm_backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _norm_backward_fake(dout, x, scale, eps, shift_dtype, backend)
     if backend != "reference":
-        from .triton_impl import norm_modulate as kernels
-
-        kernels.norm_modulate_backward(dout.contiguous(), x.contiguous(), _rows(scale), eps, *grads)
+        _kernels(backend).norm_modulate_backward(dout.contiguous(), x.contiguous(), _rows(scale), eps, *grads)
     else:
         _write(grads, reference_norm.norm_modulate_backward(dout, x, scale, eps))
     return grads
@@ -218,12 +216,10 @@ def _residual_backward_impl(
 ) -> tuple[Tensor, ...]:
     grads = _residual_backward_fake(dsum, dout, total, gate, y, scale, eps, x_dtype, shift_dtype, backend)
     if backend != "reference":
-        from .triton_impl import norm_modulate as kernels
-
         dx, dgate, dy, dshift, dscale = grads
         dout, total, dsum, y = (tensor.contiguous() for tensor in (dout, total, dsum, y))
         residual = {"dsum": dsum, "gate": _rows(gate), "y": y, "dy": dy, "dgate": dgate}
-        kernels.norm_modulate_backward(dout, total, _rows(scale), eps, dx, dshift, dscale, **residual)
+        _kernels(backend).norm_modulate_backward(dout, total, _rows(scale), eps, dx, dshift, dscale, **residual)
     else:
         _write(grads, reference_norm.residual_norm_modulate_backward(dsum, dout, total, gate, y, scale, eps))
     return grads

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dit_moe_kernels import norm_modulate, residual_norm_modulate
-from dit_moe_kernels.cuda_impl.norm_modulate import unsupported
+from dit_moe_kernels.cuda_impl.norm_modulate import num_parts, unsupported
 from torch import Tensor
 
 from tests.kernels.util import (
@@ -179,6 +179,13 @@ def test_autocast_of_fp32_inputs(target):
     assert (out.double() - exact_out).abs().max() <= 1.01 * torch.finfo(low).eps / 2 * exact_out.abs().max()
     grads = torch.autograd.grad([total, out], leaves, [grad[:2], grad[2:].to(low)])
     assert {g.dtype for g in grads} == {FP32} and all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *MODEL_SHAPES, (64, 256, 1152), (1, 4097, 8)], ids=str)
+def test_no_part_of_an_image_is_empty(shape):
+    """CUDA sums an image's tokens in parts of equal length, but for the last."""
+    tokens, parts = shape[1], num_parts(*shape)
+    assert parts == (-(-tokens // -(-tokens // parts)) if tokens else 0)
 
 
 def test_what_cuda_does_not_mix():
