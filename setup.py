@@ -33,6 +33,7 @@ SOURCES = (
     "topk_softmax.cu",
     "norm_modulate.cu",
     "norm_modulate_backward.cu",
+    "qk_norm.cu",
     "permute.cu",
     "swiglu.cu",
     "unpermute.cu",

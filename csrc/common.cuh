@@ -96,15 +96,16 @@ __device__ __forceinline__ void store_zeros(Word* row, unsigned words) {
   walk_row<1>(words, [&](auto, unsigned column) { store(row + column, Word{}); });
 }
 
-// The sum over the lanes of this thread's group, in a fixed order. All lanes of the group must call it; other groups of
-// the warp need not.
-__device__ __forceinline__ float group_sum(float value) {
-  const unsigned lanes = blockDim.x;
+// The sum over the lanes of this thread's group, `lanes` of them, in a fixed order. All lanes of the group must call
+// it; other groups of the warp need not.
+__device__ __forceinline__ float group_sum(float value, unsigned lanes) {
   const unsigned first = (threadIdx.y * lanes) % kWarp;
   const unsigned mask = (0xffffffffu >> (kWarp - lanes)) << first;
   for (unsigned distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(mask, value, distance);
   return value;
 }
+
+__device__ __forceinline__ float group_sum(float value) { return group_sum(value, blockDim.x); }
 
 struct Geometry {
   dim3 blocks, threads;

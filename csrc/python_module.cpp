@@ -79,6 +79,27 @@ void norm_modulate_backward(Address dout, Address dsum, Address x, Address gate,
                                        branch_dtype, stream_handle(stream)));
 }
 
+void qk_norm(Address q, Address k, Address q_weight, Address q_bias, Address k_weight, Address k_bias, Address q_out,
+             Address k_out, int64_t num_tokens, int64_t heads, int64_t width, int64_t q_stride, int64_t q_head_stride,
+             int64_t k_stride, int64_t k_head_stride, double eps, DitMoeDtype dtype, DitMoeDtype weight_dtype,
+             Address stream) {
+  check("qk_norm",
+        dit_moe_qk_norm(pointer(q), pointer(k), pointer(q_weight), pointer(q_bias), pointer(k_weight), pointer(k_bias),
+                        pointer(q_out), pointer(k_out), num_tokens, heads, width, q_stride, q_head_stride, k_stride,
+                        k_head_stride, eps, dtype, weight_dtype, stream_handle(stream)));
+}
+
+void qk_norm_backward(Address dq_out, Address dk_out, Address q, Address k, Address q_weight, Address k_weight,
+                      Address dq, Address dk, Address partials, int64_t num_tokens, int64_t heads, int64_t width,
+                      int64_t q_stride, int64_t q_head_stride, int64_t k_stride, int64_t k_head_stride,
+                      int64_t num_partials, double eps, DitMoeDtype dtype, DitMoeDtype weight_dtype, Address stream) {
+  check("qk_norm_backward",
+        dit_moe_qk_norm_backward(pointer(dq_out), pointer(dk_out), pointer(q), pointer(k), pointer(q_weight),
+                                 pointer(k_weight), pointer(dq), pointer(dk), pointer<float>(partials), num_tokens,
+                                 heads, width, q_stride, q_head_stride, k_stride, k_head_stride, num_partials, eps,
+                                 dtype, weight_dtype, stream_handle(stream)));
+}
+
 void router_logits(Address x, Address gate, Address logits, int64_t num_tokens, int64_t depth, int64_t num_experts,
                    DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
   check("router_logits", dit_moe_router_logits(pointer(x), pointer(gate), pointer<float>(logits), num_tokens, depth,
@@ -245,6 +266,15 @@ PYBIND11_MODULE(_C, module) {
              py::arg("num_images"), py::arg("num_tokens"), py::arg("width"), py::arg("gate_stride"),
              py::arg("scale_stride"), py::arg("num_parts"), py::arg("eps"), py::arg("dtype"), py::arg("branch_dtype"),
              py::arg("stream"));
+  module.def("qk_norm", &qk_norm, Unlocked(), py::arg("q"), py::arg("k"), py::arg("q_weight"), py::arg("q_bias"),
+             py::arg("k_weight"), py::arg("k_bias"), py::arg("q_out"), py::arg("k_out"), py::arg("num_tokens"),
+             py::arg("heads"), py::arg("width"), py::arg("q_stride"), py::arg("q_head_stride"), py::arg("k_stride"),
+             py::arg("k_head_stride"), py::arg("eps"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("stream"));
+  module.def("qk_norm_backward", &qk_norm_backward, Unlocked(), py::arg("dq_out"), py::arg("dk_out"), py::arg("q"),
+             py::arg("k"), py::arg("q_weight"), py::arg("k_weight"), py::arg("dq"), py::arg("dk"), py::arg("partials"),
+             py::arg("num_tokens"), py::arg("heads"), py::arg("width"), py::arg("q_stride"), py::arg("q_head_stride"),
+             py::arg("k_stride"), py::arg("k_head_stride"), py::arg("num_partials"), py::arg("eps"), py::arg("dtype"),
+             py::arg("weight_dtype"), py::arg("stream"));
   module.def("router_logits", &router_logits, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("logits"),
              py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"),
              py::arg("stream"));

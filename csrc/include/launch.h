@@ -85,6 +85,27 @@ cudaError_t dit_moe_norm_modulate_backward(const void* dout, const void* dsum, c
                                            int64_t scale_stride, int64_t num_parts, double eps, DitMoeDtype dtype,
                                            DitMoeDtype branch_dtype, cudaStream_t stream);
 
+// out = (x - mean) / sqrt(variance + eps) * weight + bias for every head's row of q, then of k, in one launch. Rows are
+// multiples of 8 elements, at most 128; strides are elements between tokens and between heads. Strides and addresses
+// are multiples of 16 bytes. weight_dtype is dtype or fp32.
+//   q and k (T, H, W) dtype, weights and biases (W,) weight_dtype -> q_out and k_out (T, H, W) contiguous dtype
+cudaError_t dit_moe_qk_norm(const void* q, const void* k, const void* q_weight, const void* q_bias,
+                            const void* k_weight, const void* k_bias, void* q_out, void* k_out, int64_t num_tokens,
+                            int64_t heads, int64_t width, int64_t q_stride, int64_t q_head_stride, int64_t k_stride,
+                            int64_t k_head_stride, double eps, DitMoeDtype dtype, DitMoeDtype weight_dtype,
+                            cudaStream_t stream);
+
+// Gradients of the above. The sums of partials over P are the gradients of q's weight and bias, then of k's; P is the
+// caller's choice, and without tokens partials are zeros.
+//   dq_out and dk_out (T, H, W) contiguous dtype, q, k and weights as above
+//   -> dq and dk (T, H, W) contiguous dtype, partials (P, 2, 2, W) fp32; num_partials is P
+cudaError_t dit_moe_qk_norm_backward(const void* dq_out, const void* dk_out, const void* q, const void* k,
+                                     const void* q_weight, const void* k_weight, void* dq, void* dk, float* partials,
+                                     int64_t num_tokens, int64_t heads, int64_t width, int64_t q_stride,
+                                     int64_t q_head_stride, int64_t k_stride, int64_t k_head_stride,
+                                     int64_t num_partials, double eps, DitMoeDtype dtype, DitMoeDtype weight_dtype,
+                                     cudaStream_t stream);
+
 // ---- routing: which experts a token goes to, and where its copies go
 //
 // E is at most 64 for the router and the softmax, 512 for the plan. x and gate are matrices whose rows are whole
