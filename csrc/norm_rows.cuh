@@ -93,7 +93,7 @@ class Row {
   }
   __device__ __forceinline__ Word at(int i, unsigned) const { return words_[i]; }
   __device__ __forceinline__ void set(int i, const Word& word) { words_[i] = word; }
-  // From here on the words are also in memory, where `set` has no effect otherwise.
+  // What was set is in memory here, too: where words stay in memory, these take the place of those loaded.
   __device__ __forceinline__ void moved_to(const Word*) {}
   // The compiler may not keep what it has made of the words before: unpacked, a row takes twice the registers.
   __device__ __forceinline__ void keep_packed() {

@@ -34,7 +34,7 @@ using HeadLayout = Layout<T, kWideBytes / sizeof(T)>;
 
 // The words of a row that belong to this lane, kWords at most, as fp32; what is beyond the row is 0.
 template <typename L, int kWords>
-struct Lane {
+struct HeadLane {
   static constexpr int kPack = L::kPack;
   static constexpr unsigned kLanes = kColumns / kPack;
   using Word = typename L::Word;
@@ -110,7 +110,7 @@ __device__ __forceinline__ const Word* row_of(const Side& side, unsigned row, un
 template <typename T, typename Weight, int kWords>
 __global__ void __launch_bounds__(kBlock) qk_norm_kernel(const Arguments a) {
   using L = HeadLayout<T>;
-  using Lane = Lane<L, kWords>;
+  using Lane = HeadLane<L, kWords>;
   using Word = typename L::Word;
   constexpr int kRows = kRowsInFlight<kWords>;
   const Side& side = a.sides[blockIdx.y];
@@ -174,7 +174,7 @@ __device__ __forceinline__ void store_block_sums(const float (&sums)[kWords][Lan
 template <typename T, typename Weight, int kWords>
 __global__ void __launch_bounds__(kBlock) qk_norm_backward_kernel(const Arguments a) {
   using L = HeadLayout<T>;
-  using Lane = Lane<L, kWords>;
+  using Lane = HeadLane<L, kWords>;
   using Word = typename L::Word;
   const Side& side = a.sides[blockIdx.y];
   typename Lane::Values weight = {}, dweight = {}, dbias = {};
