@@ -30,7 +30,8 @@ struct Layout {
   using Element = T;
   static constexpr int kPack = kPackElements;
   static constexpr int kBytes = kPack * sizeof(T);
-  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>;
+  using Narrow = std::conditional_t<kBytes == 4, uint32_t, uint16_t>;
+  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, Narrow>>;
   static_assert(sizeof(Word) == kBytes, "no word of this size");
 };
 
@@ -95,26 +96,28 @@ __device__ __forceinline__ void store_zeros(Word* row, unsigned words) {
   walk_row<1>(words, [&](auto, unsigned column) { store(row + column, Word{}); });
 }
 
-// The sum over the lanes of this thread's group, in a fixed order. All lanes of the group must call it; other groups of
-// the warp need not.
-__device__ __forceinline__ float group_sum(float value) {
-  const unsigned lanes = blockDim.x;
+// The sum over the lanes of this thread's group, `lanes` of them, in a fixed order. All lanes of the group must call
+// it; other groups of the warp need not.
+__device__ __forceinline__ float group_sum(float value, unsigned lanes) {
   const unsigned first = (threadIdx.y * lanes) % kWarp;
   const unsigned mask = (0xffffffffu >> (kWarp - lanes)) << first;
   for (unsigned distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(mask, value, distance);
   return value;
 }
 
+__device__ __forceinline__ float group_sum(float value) { return group_sum(value, blockDim.x); }
+
 struct Geometry {
   dim3 blocks, threads;
 };
 
+constexpr int64_t kWordsPerLane = 4;  // at most, unless a row has a whole warp
+
 // A warp for wide rows; narrow rows share one, so that a lane still has a few words to keep in flight.
-inline Geometry geometry(int64_t rows, int64_t words) {
-  constexpr int64_t words_per_lane = 4;
+inline Geometry geometry(int64_t rows, int64_t words, unsigned threads = kThreads) {
   unsigned lanes = 8;
-  while (lanes < kWarp && lanes * words_per_lane < words) lanes *= 2;
-  const unsigned groups = kThreads / lanes;
+  while (lanes < kWarp && lanes * kWordsPerLane < words) lanes *= 2;
+  const unsigned groups = threads / lanes;
   const int64_t blocks = (rows + groups - 1) / groups;
   return {dim3(static_cast<unsigned>(blocks)), dim3(lanes, groups)};
 }

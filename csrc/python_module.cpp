@@ -57,6 +57,49 @@ void swiglu_backward(Address dout, Address h, Address dh, int64_t num_rows, int6
         dit_moe_swiglu_backward(pointer(dout), pointer(h), pointer(dh), num_rows, width, dtype, stream_handle(stream)));
 }
 
+void norm_modulate(Address x, Address gate, Address y, Address shift, Address scale, Address total, Address out,
+                   int64_t num_images, int64_t num_tokens, int64_t width, int64_t gate_stride, int64_t shift_stride,
+                   int64_t scale_stride, double eps, DitMoeDtype dtype, DitMoeDtype branch_dtype, Address stream) {
+  check("norm_modulate",
+        dit_moe_norm_modulate(pointer(x), pointer(gate), pointer(y), pointer(shift), pointer(scale), pointer(total),
+                              pointer(out), num_images, num_tokens, width, gate_stride, shift_stride, scale_stride, eps,
+                              dtype, branch_dtype, stream_handle(stream)));
+}
+
+void norm_modulate_backward(Address dout, Address dsum, Address x, Address gate, Address y, Address scale, Address dx,
+                            Address dy, Address dshift, Address dscale, Address dgate, Address statistics,
+                            Address partials, int64_t num_images, int64_t num_tokens, int64_t width,
+                            int64_t gate_stride, int64_t scale_stride, int64_t num_parts, double eps, DitMoeDtype dtype,
+                            DitMoeDtype branch_dtype, Address stream) {
+  check("norm_modulate_backward",
+        dit_moe_norm_modulate_backward(pointer(dout), pointer(dsum), pointer(x), pointer(gate), pointer(y),
+                                       pointer(scale), pointer(dx), pointer(dy), pointer(dshift), pointer(dscale),
+                                       pointer(dgate), pointer<float>(statistics), pointer<float>(partials), num_images,
+                                       num_tokens, width, gate_stride, scale_stride, num_parts, eps, dtype,
+                                       branch_dtype, stream_handle(stream)));
+}
+
+void qk_norm(Address q, Address k, Address q_weight, Address q_bias, Address k_weight, Address k_bias, Address q_out,
+             Address k_out, int64_t num_tokens, int64_t heads, int64_t width, int64_t q_stride, int64_t q_head_stride,
+             int64_t k_stride, int64_t k_head_stride, double eps, DitMoeDtype dtype, DitMoeDtype weight_dtype,
+             Address stream) {
+  check("qk_norm",
+        dit_moe_qk_norm(pointer(q), pointer(k), pointer(q_weight), pointer(q_bias), pointer(k_weight), pointer(k_bias),
+                        pointer(q_out), pointer(k_out), num_tokens, heads, width, q_stride, q_head_stride, k_stride,
+                        k_head_stride, eps, dtype, weight_dtype, stream_handle(stream)));
+}
+
+void qk_norm_backward(Address dq_out, Address dk_out, Address q, Address k, Address q_weight, Address k_weight,
+                      Address dq, Address dk, Address partials, int64_t num_tokens, int64_t heads, int64_t width,
+                      int64_t q_stride, int64_t q_head_stride, int64_t k_stride, int64_t k_head_stride,
+                      int64_t num_partials, double eps, DitMoeDtype dtype, DitMoeDtype weight_dtype, Address stream) {
+  check("qk_norm_backward",
+        dit_moe_qk_norm_backward(pointer(dq_out), pointer(dk_out), pointer(q), pointer(k), pointer(q_weight),
+                                 pointer(k_weight), pointer(dq), pointer(dk), pointer<float>(partials), num_tokens,
+                                 heads, width, q_stride, q_head_stride, k_stride, k_head_stride, num_partials, eps,
+                                 dtype, weight_dtype, stream_handle(stream)));
+}
+
 void router_logits(Address x, Address gate, Address logits, int64_t num_tokens, int64_t depth, int64_t num_experts,
                    DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
   check("router_logits", dit_moe_router_logits(pointer(x), pointer(gate), pointer<float>(logits), num_tokens, depth,
@@ -213,6 +256,25 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dtype"), py::arg("stream"));
   module.def("swiglu_backward", &swiglu_backward, Unlocked(), py::arg("dout"), py::arg("h"), py::arg("dh"),
              py::arg("num_rows"), py::arg("width"), py::arg("dtype"), py::arg("stream"));
+  module.def("norm_modulate", &norm_modulate, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("y"), py::arg("shift"),
+             py::arg("scale"), py::arg("total"), py::arg("out"), py::arg("num_images"), py::arg("num_tokens"),
+             py::arg("width"), py::arg("gate_stride"), py::arg("shift_stride"), py::arg("scale_stride"), py::arg("eps"),
+             py::arg("dtype"), py::arg("branch_dtype"), py::arg("stream"));
+  module.def("norm_modulate_backward", &norm_modulate_backward, Unlocked(), py::arg("dout"), py::arg("dsum"),
+             py::arg("x"), py::arg("gate"), py::arg("y"), py::arg("scale"), py::arg("dx"), py::arg("dy"),
+             py::arg("dshift"), py::arg("dscale"), py::arg("dgate"), py::arg("statistics"), py::arg("partials"),
+             py::arg("num_images"), py::arg("num_tokens"), py::arg("width"), py::arg("gate_stride"),
+             py::arg("scale_stride"), py::arg("num_parts"), py::arg("eps"), py::arg("dtype"), py::arg("branch_dtype"),
+             py::arg("stream"));
+  module.def("qk_norm", &qk_norm, Unlocked(), py::arg("q"), py::arg("k"), py::arg("q_weight"), py::arg("q_bias"),
+             py::arg("k_weight"), py::arg("k_bias"), py::arg("q_out"), py::arg("k_out"), py::arg("num_tokens"),
+             py::arg("heads"), py::arg("width"), py::arg("q_stride"), py::arg("q_head_stride"), py::arg("k_stride"),
+             py::arg("k_head_stride"), py::arg("eps"), py::arg("dtype"), py::arg("weight_dtype"), py::arg("stream"));
+  module.def("qk_norm_backward", &qk_norm_backward, Unlocked(), py::arg("dq_out"), py::arg("dk_out"), py::arg("q"),
+             py::arg("k"), py::arg("q_weight"), py::arg("k_weight"), py::arg("dq"), py::arg("dk"), py::arg("partials"),
+             py::arg("num_tokens"), py::arg("heads"), py::arg("width"), py::arg("q_stride"), py::arg("q_head_stride"),
+             py::arg("k_stride"), py::arg("k_head_stride"), py::arg("num_partials"), py::arg("eps"), py::arg("dtype"),
+             py::arg("weight_dtype"), py::arg("stream"));
   module.def("router_logits", &router_logits, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("logits"),
              py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"),
              py::arg("stream"));

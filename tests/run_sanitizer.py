@@ -22,7 +22,10 @@ from dit_moe_kernels import (  # noqa: E402
     grouped_gemm,
     linear_swiglu,
     make_routing_plan,
+    norm_modulate,
     permute,
+    qk_norm,
+    residual_norm_modulate,
     routed_ffn,
     router_logits,
     swiglu,
@@ -32,6 +35,9 @@ from dit_moe_kernels import (  # noqa: E402
 
 # tokens, experts, choices, model width, expert width, tile height
 SIZES = [(37, 4, 2, 72, 48, 16), (9, 3, 3, 33, 50, 16), (1, 8, 2, 40, 48, 16), (150, 2, 1, 64, 136, 128)]
+# images, tokens, width: in registers, narrow and wide, and in memory, by words and by elements
+NORM_SIZES = [(2, 5, 72), (3, 7, 33), (1, 19, 384), (2, 3, 1152), (1, 2, 2104)]
+HEAD_SIZES = [(2, 5, 3, 72), (1, 3, 2, 24), (1, 9, 5, 128)]  # images, tokens, heads, width
 
 
 def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -> None:
@@ -63,6 +69,27 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
     torch.cuda.synchronize()
 
 
+def run_norms(dtype: torch.dtype, backend: str) -> None:
+    """Forward and backward of the norms in one dtype, and as under autocast: an fp32 stream, fp32 weights of heads."""
+    for images, tokens, width in NORM_SIZES:
+        for stream in {dtype, torch.float32}:
+            x = torch.randn(images, tokens, width, device="cuda", dtype=stream, requires_grad=True)
+            y = torch.randn(images, tokens, width, device="cuda", dtype=dtype, requires_grad=True)
+            vectors = torch.randn(images, 3, width, device="cuda", dtype=dtype, requires_grad=True)
+            gate, shift, scale = vectors.unbind(1)
+            with torch.autocast("cuda", dtype, enabled=dtype != stream):
+                total, out = residual_norm_modulate(x, gate, y, shift, scale, backend=backend)
+                alone = norm_modulate(x, shift, scale, backend=backend)
+            (total.float().sum() + out.float().sum() + alone.float().sum()).backward()
+    for images, tokens, heads, width in HEAD_SIZES:
+        for weight_dtype in {dtype, torch.float32}:
+            qkv = torch.randn(images, tokens, 3, heads, width, device="cuda", dtype=dtype, requires_grad=True)
+            weights = torch.randn(4, width, device="cuda", dtype=weight_dtype, requires_grad=True)
+            q, k = qk_norm(*qkv.unbind(2)[:2], *weights.unbind(), backend=backend)
+            (q.float().sum() + k.float().sum()).backward()
+    torch.cuda.synchronize()
+
+
 def main() -> int:
     """Run every size in every dtype on each backend that can run; 1 if a backend is missing."""
     missing = 0
@@ -75,7 +102,8 @@ def main() -> int:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for size in SIZES:
                 run_layer(size, dtype, backend)
-        print(f"{backend}: {len(SIZES)} sizes in 3 dtypes")
+            run_norms(dtype, backend)
+        print(f"{backend}: {len(SIZES)} layers and {len(NORM_SIZES) + len(HEAD_SIZES)} norms in 3 dtypes")
     return missing
 
 

@@ -54,6 +54,58 @@ cudaError_t dit_moe_swiglu(const void* h, void* out, int64_t num_rows, int64_t w
 cudaError_t dit_moe_swiglu_backward(const void* dout, const void* h, void* dh, int64_t num_rows, int64_t width,
                                     DitMoeDtype dtype, cudaStream_t stream);
 
+// ---- norms: between the sub-layers of an adaLN block
+//
+// B images of N tokens; B * N fits in 31 bits. The images' vectors (B, D) are contiguous rows, any number of elements
+// apart: that is their stride. dtype is that of the residual stream; branch_dtype, of all else, is the same, or of 16
+// bits where dtype is fp32. Statistics are in fp32.
+
+// out = (total - mean) / sqrt(variance + eps) * (1 + scale) + shift, mean and variance being the row's, where
+// total = x + gate * y, rounded to dtype. gate, y and total may be NULL, all three: then x takes the place of total.
+//   x (B, N, D) dtype, gate (B, D) branch_dtype, y (B, N, D) branch_dtype, shift and scale (B, D) branch_dtype
+//   -> total (B, N, D) dtype, out (B, N, D) branch_dtype
+cudaError_t dit_moe_norm_modulate(const void* x, const void* gate, const void* y, const void* shift, const void* scale,
+                                  void* total, void* out, int64_t num_images, int64_t num_tokens, int64_t width,
+                                  int64_t gate_stride, int64_t shift_stride, int64_t scale_stride, double eps,
+                                  DitMoeDtype dtype, DitMoeDtype branch_dtype, cudaStream_t stream);
+
+// Gradients of the above, x being the total where there was one: with dn = dout * (1 + scale) behind the normalisation,
+//   dx = (dn - mean of dn - n * mean of dn n) / sqrt(variance + eps) + dsum, n being the normalised row, and dy = gate
+//   dx
+// and, summed in fp32 over an image's tokens, dshift = sum dout, dscale = sum dout n, dgate = sum dx y.
+// dsum, gate, y, dy and dgate may be NULL, all five. statistics and partials are workspace, at multiples of 16 bytes.
+//   dout (B, N, D) branch_dtype, dsum and x (B, N, D) dtype, gate (B, D) branch_dtype, y (B, N, D) branch_dtype, scale
+//   (B, D) branch_dtype, statistics (B, N, 4) fp32, partials (B, P, 3, D) fp32, or (B, P, 2, D) without y
+//   -> dx (B, N, D) dtype, dy (B, N, D) branch_dtype, dshift, dscale and dgate (B, D) contiguous branch_dtype;
+//   num_parts is P, in so many parts an image's tokens are summed: 1 to N, or 0 if N is 0
+cudaError_t dit_moe_norm_modulate_backward(const void* dout, const void* dsum, const void* x, const void* gate,
+                                           const void* y, const void* scale, void* dx, void* dy, void* dshift,
+                                           void* dscale, void* dgate, float* statistics, float* partials,
+                                           int64_t num_images, int64_t num_tokens, int64_t width, int64_t gate_stride,
+                                           int64_t scale_stride, int64_t num_parts, double eps, DitMoeDtype dtype,
+                                           DitMoeDtype branch_dtype, cudaStream_t stream);
+
+// out = (x - mean) / sqrt(variance + eps) * weight + bias for every head's row of q, then of k, in one launch. Rows are
+// multiples of 8 elements, at most 128; strides are elements between tokens and between heads. Strides and addresses
+// are multiples of 16 bytes. weight_dtype is dtype or fp32.
+//   q and k (T, H, W) dtype, weights and biases (W,) weight_dtype -> q_out and k_out (T, H, W) contiguous dtype
+cudaError_t dit_moe_qk_norm(const void* q, const void* k, const void* q_weight, const void* q_bias,
+                            const void* k_weight, const void* k_bias, void* q_out, void* k_out, int64_t num_tokens,
+                            int64_t heads, int64_t width, int64_t q_stride, int64_t q_head_stride, int64_t k_stride,
+                            int64_t k_head_stride, double eps, DitMoeDtype dtype, DitMoeDtype weight_dtype,
+                            cudaStream_t stream);
+
+// Gradients of the above. The sums of partials over P are the gradients of q's weight and bias, then of k's; P is the
+// caller's choice, and without tokens partials are zeros.
+//   dq_out and dk_out (T, H, W) contiguous dtype, q, k and weights as above
+//   -> dq and dk (T, H, W) contiguous dtype, partials (P, 2, 2, W) fp32; num_partials is P
+cudaError_t dit_moe_qk_norm_backward(const void* dq_out, const void* dk_out, const void* q, const void* k,
+                                     const void* q_weight, const void* k_weight, void* dq, void* dk, float* partials,
+                                     int64_t num_tokens, int64_t heads, int64_t width, int64_t q_stride,
+                                     int64_t q_head_stride, int64_t k_stride, int64_t k_head_stride,
+                                     int64_t num_partials, double eps, DitMoeDtype dtype, DitMoeDtype weight_dtype,
+                                     cudaStream_t stream);
+
 // ---- routing: which experts a token goes to, and where its copies go
 //
 // E is at most 64 for the router and the softmax, 512 for the plan. x and gate are matrices whose rows are whole

@@ -29,7 +29,7 @@ _PREFERENCE = {
     "grouped_gemm": ("cuda", "triton", "reference"),
     "swiglu": ("cuda", "triton", "reference"),
     "linear_swiglu": ("cuda", "triton", "reference"),
-    "norm": ("triton", "reference"),
+    "norm": ("cuda", "triton", "reference"),
     "expert_ffn": ("cuda", "triton", "reference"),
     "updates": ("triton", "reference"),
 }
@@ -48,6 +48,7 @@ class _Inputs(NamedTuple):
     whole_chunks: bool = True
     many_experts: bool = False
     few_rows: bool = False
+    refusal: str | None = None
 
 
 @contextmanager
@@ -112,6 +113,7 @@ def resolve(
     whole_chunks: bool = True,
     num_experts: int = 0,
     few_rows: bool = False,
+    refusal: str | None = None,
 ) -> str:
     """Turn a requested backend into the one that runs.
 
@@ -123,6 +125,7 @@ def resolve(
         whole_chunks: of the products' widths, what `whole_chunks` says.
         num_experts: E, where the CUDA kernels of the family have a bound on it.
         few_rows: the CUDA kernel is slower than what comes after it on inputs so small; "auto" passes it over.
+        refusal: why the CUDA kernel cannot take these inputs, where only the op knows.
 
     Raises:
         ValueError: the name is unknown.
@@ -131,7 +134,7 @@ def resolve(
     if backend == "auto":
         backend = getattr(_local, "backend", None) or "auto"
     many_experts = num_experts > _MAX_EXPERTS.get(family, num_experts)
-    return _settle(backend, family, device, dtype, whole_chunks, many_experts, few_rows)
+    return _settle(backend, family, device, dtype, whole_chunks, many_experts, few_rows, refusal)
 
 
 def companion(backend: str, family: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -191,6 +194,8 @@ def _reason_against(backend: str, inputs: _Inputs) -> str | None:
     if backend != "reference" and dtype not in _KERNEL_DTYPES:
         return f"got {dtype}, expected one of {_KERNEL_DTYPES}"
     reason = availability(backend, torch.device(device).type)
+    if reason is None and backend == "cuda" and inputs.refusal is not None:
+        return inputs.refusal
     if reason is None and backend == "cuda" and family in _PRODUCTS:
         from .cuda_impl import grouped_gemm
 

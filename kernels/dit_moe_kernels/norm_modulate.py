@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, checks, reference_norm
+from .cuda_impl.norm_modulate import unsupported
 from .library import define_op
 
 
@@ -22,7 +24,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *,
         x: (B, N, D) float, N tokens of each of B images.
         shift, scale: (B, D) float; rows may be any distance apart.
         eps: added to the variance.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cuda", "triton" or "reference"; "cuda" wants one dtype, or an fp32 x and 16 bits else.
 
     Returns:
         (B, N, D) in autocast's dtype under autocast, since products take it; else in what x, shift and scale promote
@@ -75,8 +77,9 @@ def _promoted(*tensors: Tensor) -> torch.dtype:
 def _settle(backend: str, x: Tensor, *others: Tensor) -> tuple[torch.dtype, str]:
     """The dtype of the modulated output, and the backend."""
     promoted = _promoted(x, *others)
-    name = backends.resolve(backend, "norm", x.device.type, promoted)
-    return checks.product_dtype(x.device.type, promoted), name
+    dtype = checks.product_dtype(x.device.type, promoted)
+    refusal = unsupported(x.dtype, (*[other.dtype for other in others], dtype))
+    return dtype, backends.resolve(backend, "norm", x.device.type, promoted, refusal=refusal)
 
 
 def _rows(vectors: Tensor) -> Tensor:
@@ -84,14 +87,22 @@ def _rows(vectors: Tensor) -> Tensor:
     return vectors if vectors.stride(1) == 1 else vectors.contiguous()
 
 
+def _kernels(backend: str) -> ModuleType:
+    if backend == "cuda":
+        from .cuda_impl import norm_modulate as cuda_kernels
+
+        return cuda_kernels
+    from .triton_impl import norm_modulate as kernels
+
+    return kernels
+
+
 # ---- norm_modulate
 
 
 def _norm_impl(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, backend: str) -> Tensor:
-    if backend == "triton":
-        from .triton_impl import norm_modulate as kernels
-
-        return kernels.norm_modulate(x.contiguous(), _rows(shift), _rows(scale), eps, dtype)
+    if backend != "reference":
+        return _kernels(backend).norm_modulate(x.contiguous(), _rows(shift), _rows(scale), eps, dtype)
     return reference_norm.norm_modulate(x, shift, scale, eps, dtype)
 
 
@@ -123,10 +134,8 @@ def _norm_backward_impl(
     dout: Tensor, x: Tensor, scale: Tensor, eps: float, shift_dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _norm_backward_fake(dout, x, scale, eps, shift_dtype, backend)
-    if backend == "triton":
-        from .triton_impl import norm_modulate as kernels
-
-        kernels.norm_modulate_backward(dout.contiguous(), x.contiguous(), _rows(scale), eps, *grads)
+    if backend != "reference":
+        _kernels(backend).norm_modulate_backward(dout.contiguous(), x.contiguous(), _rows(scale), eps, *grads)
     else:
         _write(grads, reference_norm.norm_modulate_backward(dout, x, scale, eps))
     return grads
@@ -158,12 +167,11 @@ def _residual_impl(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        from .triton_impl import norm_modulate as kernels
-
+    if backend != "reference":
         total = x.new_empty(x.shape, dtype=_promoted(x, gate, y))
         residual = {"gate": _rows(gate), "y": y.contiguous(), "total": total}
-        return total, kernels.norm_modulate(x.contiguous(), _rows(shift), _rows(scale), eps, dtype, **residual)
+        modulate = _kernels(backend).norm_modulate
+        return total, modulate(x.contiguous(), _rows(shift), _rows(scale), eps, dtype, **residual)
     return reference_norm.residual_norm_modulate(x, gate, y, shift, scale, eps, dtype)
 
 
@@ -207,13 +215,11 @@ def _residual_backward_impl(
     backend: str,
 ) -> tuple[Tensor, ...]:
     grads = _residual_backward_fake(dsum, dout, total, gate, y, scale, eps, x_dtype, shift_dtype, backend)
-    if backend == "triton":
-        from .triton_impl import norm_modulate as kernels
-
+    if backend != "reference":
         dx, dgate, dy, dshift, dscale = grads
         dout, total, dsum, y = (tensor.contiguous() for tensor in (dout, total, dsum, y))
         residual = {"dsum": dsum, "gate": _rows(gate), "y": y, "dy": dy, "dgate": dgate}
-        kernels.norm_modulate_backward(dout, total, _rows(scale), eps, dx, dshift, dscale, **residual)
+        _kernels(backend).norm_modulate_backward(dout, total, _rows(scale), eps, dx, dshift, dscale, **residual)
     else:
         _write(grads, reference_norm.residual_norm_modulate_backward(dsum, dout, total, gate, y, scale, eps))
     return grads

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, checks, reference_norm
+from .cuda_impl.qk_norm import fitting_width, unsupported
 from .library import define_op
 
 
@@ -28,7 +30,8 @@ def qk_norm(
         q, k: (B, N, H, d) float, also as slices of a packed (B, N, 3, H, d): they are read where they lie.
         q_weight, q_bias, k_weight, k_bias: (d,) float, as in nn.LayerNorm.
         eps: added to the variance.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "cuda", "triton" or "reference"; "cuda" takes d in multiples of 8 up to 128, and q, k and the
+            result in one dtype, with weights in the same or in fp32.
 
     Returns:
         Two contiguous (B, N, H, d), in autocast's dtype under autocast, else in q's.
@@ -43,7 +46,10 @@ def qk_norm(
         checks.check_same_device(name, weight, "q", q)
         checks.check_shape(name, weight, (q.shape[3],))
     dtype = checks.autocast_dtype(q)
-    backend = backends.resolve(backend, "norm", q.device.type, q.dtype)
+    refusal = unsupported(
+        q.dtype, tuple([weight.dtype for weight in weights.values()]), dtype, fitting_width(q.shape[3])
+    )
+    backend = backends.resolve(backend, "norm", q.device.type, q.dtype, refusal=refusal)
     if backend == "reference":  # as plain operations, which torch.compile may fuse
         return reference_norm.qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, eps, dtype)
     return _qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, eps, dtype, backend)
@@ -52,6 +58,16 @@ def qk_norm(
 def _tokens(x: Tensor) -> Tensor:
     """(B, N, H, d) -> (T, H, d) with neighbouring columns: a view wherever strides allow it."""
     return (x if x.stride(3) == 1 else x.contiguous()).flatten(0, 1)
+
+
+def _kernels(backend: str) -> ModuleType:
+    if backend == "cuda":
+        from .cuda_impl import qk_norm as cuda_kernels
+
+        return cuda_kernels
+    from .triton_impl import qk_norm as kernels
+
+    return kernels
 
 
 def _forward_impl(
@@ -65,13 +81,11 @@ def _forward_impl(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend != "triton":
+    if backend == "reference":
         return reference_norm.qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, eps, dtype)
-    from .triton_impl import qk_norm as kernels
-
     q_out, k_out = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
     weights = [weight.contiguous() for weight in (q_weight, q_bias, k_weight, k_bias)]
-    kernels.qk_norm(_tokens(q), _tokens(k), weights, eps, q_out, k_out)
+    _kernels(backend).qk_norm(_tokens(q), _tokens(k), weights, eps, q_out, k_out)
     return q_out, k_out
 
 
@@ -105,15 +119,14 @@ _qk_norm = define_op(
 def _backward_impl(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend != "triton":
+    if backend == "reference":
         dq, dk, of_weights = reference_norm.qk_norm_backward(dq_out, dk_out, q, k, q_weight, k_weight, eps)
         return dq.to(q.dtype), dk.to(k.dtype), of_weights
-    from .triton_impl import qk_norm as kernels
-
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     grads = dq_out.contiguous(), dk_out.contiguous()
     weights = q_weight.contiguous(), k_weight.contiguous()
-    return dq, dk, kernels.qk_norm_backward(*grads, _tokens(q), _tokens(k), *weights, eps, dq, dk)
+    normalise_backward = _kernels(backend).qk_norm_backward
+    return dq, dk, normalise_backward(*grads, _tokens(q), _tokens(k), *weights, eps, dq, dk)
 
 
 def _backward_fake(

@@ -60,10 +60,10 @@ def test_a_backend_asked_for_by_name_never_falls_back():
     x = torch.randn(4, 6)
     vectors = torch.randn(4, 6)
     with pytest.raises(BackendUnavailableError, match="cuda.*norm"):
-        norm_modulate(x[:, None], vectors, vectors, backend="cuda")  # there is no such kernel, anywhere
+        norm_modulate(x[:, None], vectors, vectors, backend="cuda")  # the tensors are on the CPU, as below
     plan = make_routing_plan(torch.zeros(4, 1, dtype=torch.int32), 1, backend="reference")
     with pytest.raises(BackendUnavailableError, match="cuda"):
-        permute(x, plan, backend="cuda")  # the tensors are on the CPU
+        permute(x, plan, backend="cuda")
 
 
 def test_kernels_refuse_float64_and_auto_takes_the_reference():
@@ -138,16 +138,35 @@ def test_auto_says_once_what_it_chose(caplog):
 
 @pytest.mark.gpu
 def test_auto_prefers_kernels_on_a_gpu():
-    assert resolved(family="norm", device="cuda") == "triton"
+    assert resolved(family="updates", device="cuda") == "triton"
     expected = "cuda" if availability("cuda") is None else "triton"
-    for family in ("router", "routing", "permute", "swiglu"):
+    for family in ("router", "routing", "permute", "swiglu", "norm"):
         assert resolved(family=family, device="cuda") == expected
     assert resolved(family="router", device="cuda", num_experts=65) == "triton"
+    assert resolved(family="norm", device="cuda", refusal="mixed") == "triton"
     hopper = torch.cuda.get_device_capability() == (9, 0)
     for family in ("grouped_gemm", "linear_swiglu", "expert_ffn"):
         assert resolved(family=family, device="cuda", dtype=BF16) == (expected if hopper else "triton")
         assert resolved(family=family, device="cuda", dtype=FP32) == "triton"
         assert resolved(family=family, device="cuda", dtype=BF16, whole_chunks=False) == "triton"
+
+
+def test_what_only_the_op_knows_refuses_cuda_alone(monkeypatch):
+    """As if the extension and Triton were there, on this machine's device."""
+    monkeypatch.setattr(backends, "availability", lambda backend, device: None)
+    caches = backends._reason_against, backends._choose
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        assert resolved(family="norm") == "cuda"
+        assert (
+            resolved(family="norm", refusal="mixed dtypes") == resolved("triton", "norm", refusal="mixed") == "triton"
+        )
+        with pytest.raises(BackendUnavailableError, match="'cuda' cannot run norm: mixed dtypes"):
+            resolved("cuda", "norm", refusal="mixed dtypes")
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_products_of_other_widths_are_refused_with_the_reason(monkeypatch):

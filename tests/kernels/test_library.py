@@ -119,9 +119,13 @@ def test_opcheck(target, name, monkeypatch):
     torch.library.opcheck(getattr(torch.ops.dit_moe, name).default, sample, test_utils=tests)
 
 
-@pytest.mark.parametrize("name", ["route", "router_logits", "routing_plan", "topk_softmax", "topk_softmax_backward"])
+ROUTER_OPS = ["route", "router_logits", "routing_plan", "topk_softmax", "topk_softmax_backward"]
+NORM_OPS = [name for name in OP_NAMES if "norm" in name]
+
+
+@pytest.mark.parametrize("name", [*ROUTER_OPS, *NORM_OPS])
 @pytest.mark.parametrize("target", gpu_targets("cuda", dtypes=[FP32]))
-def test_opcheck_of_the_cuda_router(target, name, monkeypatch):
+def test_opcheck_of_the_cuda_router_and_norms(target, name, monkeypatch):
     test_opcheck(target, name, monkeypatch)
 
 

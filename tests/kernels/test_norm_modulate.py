@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dit_moe_kernels import norm_modulate, residual_norm_modulate
+from dit_moe_kernels.cuda_impl.norm_modulate import num_parts, unsupported
 from torch import Tensor
 
 from tests.kernels.util import (
@@ -33,7 +34,7 @@ SHAPES = [
     (2, 0, 8),
 ]
 MODEL_SHAPES = [(16, 256, 384), (16, 256, 1152), (2, 1024, 1408)]
-TARGETS = targets("triton")
+TARGETS = targets("triton", "cuda")
 shapes = pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}_N{0[1]}_D{0[2]}".format)
 
 
@@ -90,13 +91,13 @@ def test_residual_norm_modulate(target, shape):
 
 
 @pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
-@pytest.mark.parametrize("target", gpu_targets("triton", dtypes=[BF16, FP32]))
+@pytest.mark.parametrize("target", gpu_targets("triton", "cuda", dtypes=[BF16, FP32]))
 def test_model_shapes(target, shape):
     check_norm(target, shape)
     check_residual(target, shape)
 
 
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
+@pytest.mark.parametrize("target", targets("triton", "cuda", dtypes=[FP32]))
 def test_strides_do_not_matter(target):
     """Tokens with gaps, vectors that are slices of one packed tensor or have gaps, gradients of stride 0."""
     x, y = (strided(randn(2, 6, 40, target=target)) for _ in range(2))
@@ -115,7 +116,7 @@ def test_strides_do_not_matter(target):
         check_against(naive_residual, fused_residual(target), names, inputs, ones.expand(4, 6, 40))
 
 
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
+@pytest.mark.parametrize("target", targets("triton", "cuda", dtypes=[FP32]))
 def test_a_large_mean_does_not_swamp_the_variance(target):
     """Rows around 1000 with a spread of 1: a one-pass variance E[x^2] - E[x]^2 would keep no digit."""
     x = randn(1, 8, 384, target=target) + 1000
@@ -140,25 +141,62 @@ def test_unequal_dtypes_promote_as_plain_operations_do(target):
         assert_2x(name, *results)
 
 
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
-def test_autocast(target):
-    """The residual stream keeps its fp32, the input of the next products is in autocast's dtype; gradients are fp32."""
+@pytest.mark.parametrize("target", targets("triton", "cuda", dtypes=[FP32]))
+@pytest.mark.parametrize("width", [33, 72, 384, 1152, 2104])
+def test_autocast(target, width):
+    """An fp32 residual stream among numbers in autocast's dtype, as in the models; gradients in each input's dtype."""
     low = FP16 if target.device == "cpu" else BF16  # the interpreter is wrong in bf16
-    _, inputs, grad = inputs_of(target, (2, 5, 72), residual=True)
+    _, inputs, grad = inputs_of(target, (2, 5, width), residual=True)
+    inputs = [inputs[0], *(tensor.to(low) for tensor in inputs[1:])]
     leaves = [tensor.requires_grad_() for tensor in inputs]
     with torch.autocast(target.device, low):
         total, out = residual_norm_modulate(*leaves, backend=target.backend)
         alone = norm_modulate(leaves[0], *leaves[3:], backend=target.backend)
     assert total.dtype == FP32 and out.dtype == alone.dtype == low
+    got = torch.autograd.grad([total, out], leaves, [grad[:2], grad[2:].to(low)])
+    grad = torch.cat([grad[:2], grad[2:].to(low).float()])
+    exact = evaluate(naive_residual, [tensor.double() for tensor in inputs], grad.double())
+    plain = evaluate(naive_residual, inputs, grad)
+    assert_2x("total", total, exact[0][:2], plain[0][:2])
+    assert_2x("out", out, exact[0][2:], plain[0][2:].to(low))
+    of_x = [inputs[0], *inputs[3:]]
+    exact_alone = naive_norm_modulate(*(tensor.double() for tensor in of_x))
+    assert_2x("out alone", alone, exact_alone, naive_norm_modulate(*of_x).to(low))
+    for name, *results in zip(["x", "gate", "y", "shift", "scale"], got, exact[1:], plain[1:], strict=True):
+        assert_2x(f"d{name}", *results)
+
+
+@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32]))
+def test_autocast_of_fp32_inputs(target):
+    """The residual stream keeps its fp32, the input of the next products is in autocast's dtype; gradients are fp32."""
+    low = FP16 if target.device == "cpu" else BF16
+    _, inputs, grad = inputs_of(target, (2, 5, 72), residual=True)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    with torch.autocast(target.device, low):
+        total, out = residual_norm_modulate(*leaves, backend=target.backend)
     exact_total, exact_out = naive_residual(*(tensor.double() for tensor in inputs)).chunk(2)
     torch.testing.assert_close(total.double(), exact_total, rtol=0, atol=1e-5)
-    bound = torch.finfo(low).eps / 2 * exact_out.abs().max()  # one rounding
-    assert (out.double() - exact_out).abs().max() <= bound * 1.01
+    assert (out.double() - exact_out).abs().max() <= 1.01 * torch.finfo(low).eps / 2 * exact_out.abs().max()
     grads = torch.autograd.grad([total, out], leaves, [grad[:2], grad[2:].to(low)])
     assert {g.dtype for g in grads} == {FP32} and all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("target", targets("triton", dtypes=[FP32, FP16]))
+@pytest.mark.parametrize("shape", [*SHAPES, *MODEL_SHAPES, (64, 256, 1152), (1, 4097, 8)], ids=str)
+def test_no_part_of_an_image_is_empty(shape):
+    """CUDA sums an image's tokens in parts of equal length, but for the last."""
+    tokens, parts = shape[1], num_parts(*shape)
+    assert parts == (-(-tokens // -(-tokens // parts)) if tokens else 0)
+
+
+def test_what_cuda_does_not_mix():
+    """One dtype, or an fp32 stream among 16-bit numbers; the rest has a reason."""
+    for mixture in [(FP32, FP32), (BF16, BF16, BF16), (FP32, BF16, BF16), (FP32, FP16)]:
+        assert unsupported(mixture[0], mixture[1:]) is None
+    for mixture in [(BF16, FP32), (FP32, BF16, FP32), (FP16, BF16), (FP32, FP16, BF16)]:
+        assert "expected one dtype throughout" in unsupported(mixture[0], mixture[1:])
+
+
+@pytest.mark.parametrize("target", targets("triton", "cuda", dtypes=[FP32, FP16]))
 def test_two_runs_give_the_same_bits(target):
     _, inputs, grad = inputs_of(target, (3, 70, 200), residual=True)
     runs = [evaluate(fused_residual(target), inputs, grad) for _ in range(2)]

@@ -298,6 +298,25 @@ def test_kernels_agree_with_the_reference(num_experts: int, device: str) -> None
         assert (got - expected).norm() <= 1e-5 * expected.norm() + 1e-7  # the gradient of k's bias is but roundings
 
 
+@pytest.mark.gpu
+@both_kinds
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_whole_model_on_cuda_alone(num_experts: int, autocast: bool) -> None:
+    """Nothing is left to Triton, in bf16 weights or under autocast, forward and backward."""
+    if availability("cuda") is not None or (num_experts and torch.cuda.get_device_capability() != (9, 0)):
+        pytest.skip("needs the CUDA kernels, those of experts on Hopper")
+    model = tiny_model(num_experts=num_experts, qk_norm=True).to("cuda", torch.float32 if autocast else torch.bfloat16)
+    x, t, y = (tensor.cuda() for tensor in tiny_inputs())
+    outputs = []
+    for backend in ("cuda", "reference"):
+        with use_backend(backend), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out, aux = model(x.to(model.pos_embed.dtype), t, y, return_aux=True)
+        outputs.append(out.float())
+        grads = torch.autograd.grad(outputs[-1].square().mean() + aux.balance_loss, trainable(model))
+        assert all(grad.isfinite().all() for grad in grads)
+    assert (outputs[0] - outputs[1]).norm() <= 0.1 * outputs[1].norm()  # a token between two experts may go to either
+
+
 def trainable(model: DiT) -> list[Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

@@ -21,7 +21,9 @@ PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_gemm_dw": 4, "grou
 LAYER = "routed_ffn"
 LAYER_FUNCTIONS = {LAYER, "routed_ffn_products", "routed_ffn_combine", "routed_ffn_workspace"}
 ROUTING_OPS = {"router_logits": 3, "topk_softmax": 4, "topk_softmax_backward": 5, "routing_plan": 8, "route": 13}
-NUM_ADDRESSES = {**ROW_OPS, **ACTIVATIONS, **PRODUCTS, **ROUTING_OPS}
+NORMS = {"norm_modulate": 7, "norm_modulate_backward": 13}
+HEAD_NORMS = {"qk_norm": 8, "qk_norm_backward": 9}
+NUM_ADDRESSES = {**ROW_OPS, **ACTIVATIONS, **PRODUCTS, **ROUTING_OPS, **NORMS, **HEAD_NORMS}
 BAD_DTYPE = 7
 FLOAT32, BFLOAT16 = 0, 2
 needs_extension = pytest.mark.skipif(cuda_impl.import_error() is not None, reason=str(cuda_impl.import_error()))
@@ -49,7 +51,23 @@ def arguments(
     gate_dtype: int = FLOAT32,
     tile_rows: int = 16,
     id_bytes: int = 4,
+    tokens: int = 1,
+    parts: int = 1,
+    heads: int = 1,
+    stride: int = 8,
+    branch_dtype: int | None = None,
 ) -> list[float]:
+    if op in NORMS:
+        dtype = FLOAT32 if dtype is None else dtype
+        rest = {
+            "norm_modulate": [rows, tokens, width, 0, 0, 0, 1e-6],
+            "norm_modulate_backward": [rows, tokens, width, 0, 0, parts, 1e-6],
+        }
+        return [0] * NORMS[op] + [*rest[op], dtype, dtype if branch_dtype is None else branch_dtype, 0]
+    if op in HEAD_NORMS:
+        sizes = [rows, heads, width, stride, width, stride, width, *([parts] if op == "qk_norm_backward" else [])]
+        dtype = FLOAT32 if dtype is None else dtype
+        return [0] * HEAD_NORMS[op] + [*sizes, 1e-6, dtype, FLOAT32 if branch_dtype is None else branch_dtype, 0]
     if op in ROUTING_OPS:
         dtypes = [FLOAT32 if dtype is None else dtype, gate_dtype]
         rest = {
@@ -104,6 +122,55 @@ def test_wrong_arguments_are_refused(op, wrong):
 def test_wrong_arguments_of_the_activation_are_refused(op, wrong):
     with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
         getattr(cuda_impl.extension(), op)(*arguments(op, **wrong))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", NORMS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dtype": BAD_DTYPE}, {"dtype": BFLOAT16, "branch_dtype": FLOAT32}, {"dtype": 1, "branch_dtype": BFLOAT16},
+        {"rows": -1}, {"rows": 2**31}, {"rows": 2**16, "tokens": 2**16}, {"width": -8}, {"width": 2**31},
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_the_norms_are_refused(op, wrong):
+    with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        getattr(cuda_impl.extension(), op)(*arguments(op, **wrong))
+
+
+@needs_extension
+@pytest.mark.parametrize("wrong", [{"parts": 0}, {"parts": 5}, {"tokens": 0}])
+def test_an_images_tokens_are_summed_in_one_to_as_many_parts(wrong):
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        cuda_impl.extension().norm_modulate_backward(*arguments("norm_modulate_backward", **{"tokens": 4, **wrong}))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", HEAD_NORMS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dtype": BAD_DTYPE}, {"branch_dtype": BFLOAT16}, {"branch_dtype": BAD_DTYPE}, {"rows": -1}, {"rows": 2**31},
+        {"rows": 2**16, "heads": 2**16}, {"heads": -1}, {"width": -8}, {"width": 12}, {"width": 136}, {"stride": 9},
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_the_norms_of_heads_are_refused(op, wrong):
+    with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        getattr(cuda_impl.extension(), op)(*arguments(op, **wrong))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", HEAD_NORMS)
+def test_addresses_of_heads_must_be_aligned(op):
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        getattr(cuda_impl.extension(), op)(8, *arguments(op)[1:])
+
+
+@needs_extension
+def test_no_head_is_launched_without_rows():
+    for empty in ({"rows": 0}, {"heads": 0}, {"width": 0}):
+        cuda_impl.extension().qk_norm(*arguments("qk_norm", **empty))
+    cuda_impl.extension().qk_norm_backward(*arguments("qk_norm_backward", rows=0, parts=0))
 
 
 @needs_products
@@ -187,7 +254,7 @@ def test_no_router_is_launched_without_tokens(op):
 
 
 @needs_extension
-@pytest.mark.parametrize("op", [*ROW_OPS, *ACTIVATIONS])
+@pytest.mark.parametrize("op", [*ROW_OPS, *ACTIVATIONS, *NORMS])
 @pytest.mark.parametrize("empty", [{"rows": 0}, {"width": 0}])
 def test_nothing_is_launched_without_output(op, empty):
     getattr(cuda_impl.extension(), op)(*arguments(op, **empty))  # would fail here without a GPU, and crash with one

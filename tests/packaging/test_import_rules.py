@@ -211,6 +211,22 @@ print(*sorted(set(sys.argv[3].split(",")) & (set(sys.modules) - before)))
 """
 
 
+MODEL_STEP = """
+import sys, torch
+before = set(sys.modules)
+import dit_moe
+config = dit_moe.DiTConfig(input_size=32, hidden_size=64, depth=2, num_heads=2, num_experts=4, qk_norm=True)
+for autocast in (False, True):
+    model = dit_moe.DiT(config).to("cuda", torch.float32 if autocast else torch.bfloat16)
+    x = torch.randn(16, 4, 32, 32, device="cuda", dtype=torch.float32 if autocast else torch.bfloat16)
+    t, y = torch.rand(16, device="cuda"), torch.arange(16, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        out, aux = model(x, t, y, return_aux=True)
+    (out.float().square().mean() + aux.balance_loss).backward()
+print(*sorted(set(sys.argv[3].split(",")) & (set(sys.modules) - before)))
+"""
+
+
 def heavy_modules(script: str, device: str = "cpu", tokens: int = 8) -> list[str]:
     """Which of HEAVY a process holds after the script, beside what `import torch` brings."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -236,3 +252,11 @@ def test_a_layers_first_step_on_hopper_needs_no_triton():
     if cuda_impl.import_error() is not None or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs the CUDA kernels on Hopper")
     assert heavy_modules(STEP, "cuda", 4096) == []
+
+
+@pytest.mark.gpu
+def test_a_models_first_step_on_hopper_needs_no_triton():
+    """The norms between its layers are compiled ahead of time too, in bf16 weights and under autocast."""
+    if cuda_impl.import_error() is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs the CUDA kernels on Hopper")
+    assert "triton" not in heavy_modules(MODEL_STEP, "cuda")

@@ -60,6 +60,14 @@ def test_the_router_runs_on_the_tensor_cores(kernels):
     assert routers and all("HMMA.16816.F32.BF16" in code for code in routers)
 
 
+def test_norms_keep_a_row_in_its_group_of_lanes(kernels):
+    """Forward: whole words of 16 bytes where there are any, and no barrier, since no row is shared by warps."""
+    norms = {name: code for name, code in kernels.items() if re.search(r"(norm_modulate|qk_norm)_kernel", name)}
+    assert norms and not [name for name, code in norms.items() if re.search(r"\bBAR\b", code)]
+    of_words = [code for name, code in norms.items() if "Li1EEE" not in name]  # one element to a word
+    assert len(of_words) >= 2 * 40 and all("LDG.E" in code and ".128" in code for code in of_words)
+
+
 def test_nothing_spills(kernels):
     spilling = {name: sorted(set(re.findall(r"\b(?:STL|LDL)\b", code))) for name, code in kernels.items()}
     assert not {name: found for name, found in spilling.items() if found}

@@ -1,7 +1,7 @@
 """The one way into the compiled module: from tensors to addresses, on their device and its current stream.
 
-Tensors are contiguous CUDA tensors of the current device, which library.py sets, already checked. Nothing waits for the
-work, so all of it can be captured in a CUDA graph.
+Tensors are CUDA tensors of the current device, which library.py sets, already checked, and contiguous where no stride
+is handed over. Nothing waits for the work, so all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
