@@ -40,6 +40,7 @@ SOURCES = (
     "python_module.cpp",
 )
 SM90A_SOURCES = (
+    "sm90/attention.cu",
     "sm90/grouped_dswiglu.cu",
     "sm90/grouped_gemm.cu",
     "sm90/grouped_gemm_dw.cu",

@@ -7,7 +7,8 @@
 namespace dit_moe {
 namespace {
 
-constexpr int kBatch = 2;  // rows that a thread has in flight together, in the second launch
+constexpr int kBatch = 2;   // rows that a thread has in flight together, in the second launch
+constexpr int kChains = 8;  // sums that a thread keeps, in the third; a power of two
 
 // Of a row: what was normalised has this mean and 1 / standard deviation; grad, its normalised form's gradient, has
 // this mean, and grad times the normalised row this one.
@@ -160,12 +161,19 @@ __global__ void __launch_bounds__(kNormThreads)
   const int64_t image = thread / part_size, place = thread - image * part_size;
   if (image >= num_images) return;
   const float* partial = partials + image * num_parts * part_size + place;
-  float sum = 0.0f;
-#pragma unroll 8
-  for (unsigned part = 0; part < num_parts; ++part) sum += partial[part * part_size];
+  float sums[kChains] = {};  // side by side: one long sum would lose the last bits of fp32 gradients
+  for (unsigned part = 0; part < num_parts; part += kChains) {
+#pragma unroll
+    for (int c = 0; c < kChains; ++c) sums[c] += part + c < num_parts ? partial[(part + c) * part_size] : 0.0f;
+  }
+#pragma unroll
+  for (int distance = kChains / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int c = 0; c < distance; ++c) sums[c] += sums[c + distance];
+  }
   const int64_t vector = place / width;
   T* target = vector == 0 ? dshift : vector == 1 ? dscale : dgate;
-  target[image * width + place - vector * width] = static_cast<T>(sum);
+  target[image * width + place - vector * width] = static_cast<T>(sums[0]);
 }
 
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kNormThreads - 1) / kNormThreads); }

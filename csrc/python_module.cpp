@@ -192,6 +192,15 @@ void grouped_dswiglu(Address grad, Address w2, Address expert_offsets, Address h
                                 stream_handle(stream)));
 }
 
+void qk_norm_attention(Address qkv, Address q_weight, Address q_bias, Address k_weight, Address k_bias, Address out,
+                       int64_t num_images, int64_t num_tokens, int64_t num_heads, int64_t width, double eps,
+                       DitMoeDtype dtype, DitMoeDtype weight_dtype, Address stream) {
+  check("qk_norm_attention",
+        dit_moe_qk_norm_attention(pointer(qkv), pointer(q_weight), pointer(q_bias), pointer(k_weight), pointer(k_bias),
+                                  pointer(out), num_images, num_tokens, num_heads, width, eps, dtype, weight_dtype,
+                                  stream_handle(stream)));
+}
+
 void routed_ffn(Address x, Address gate, Address w13, Address w2, Address addend, Address out, Address probs,
                 Address tokens_per_expert, Address workspace, int64_t num_tokens, int64_t depth, int64_t hidden,
                 int64_t num_experts, int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
@@ -311,6 +320,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("h"), py::arg("topk_weights"), py::arg("row_to_slot"), py::arg("dh"), py::arg("weighted_a"),
              py::arg("dots"), py::arg("num_rows"), py::arg("depth"), py::arg("width"), py::arg("num_experts"),
              py::arg("dtype"), py::arg("stream"));
+  module.def("qk_norm_attention", &qk_norm_attention, Unlocked(), py::arg("qkv"), py::arg("q_weight"),
+             py::arg("q_bias"), py::arg("k_weight"), py::arg("k_bias"), py::arg("out"), py::arg("num_images"),
+             py::arg("num_tokens"), py::arg("num_heads"), py::arg("width"), py::arg("eps"), py::arg("dtype"),
+             py::arg("weight_dtype"), py::arg("stream"));
   module.def("routed_ffn", &routed_ffn, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("w13"), py::arg("w2"),
              py::arg("addend"), py::arg("out"), py::arg("probs"), py::arg("tokens_per_expert"), py::arg("workspace"),
              py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"),

@@ -28,6 +28,7 @@ from dit_moe_kernels import (  # noqa: E402
     residual_norm_modulate,
     routed_ffn,
     router_logits,
+    self_attention,
     swiglu,
     topk_softmax,
     unpermute,
@@ -37,6 +38,7 @@ from dit_moe_kernels import (  # noqa: E402
 SIZES = [(37, 4, 2, 72, 48, 16), (9, 3, 3, 33, 50, 16), (1, 8, 2, 40, 48, 16), (150, 2, 1, 64, 136, 128)]
 # images, tokens, width: in registers, narrow and wide, and in memory, by words and by elements
 NORM_SIZES = [(2, 5, 72), (3, 7, 33), (1, 19, 384), (2, 3, 1152), (1, 2, 2104)]
+ATTENTION_SIZES = [(1, 128, 1, 72), (140, 256, 1, 64), (2, 384, 3, 88)]  # images, tokens, heads, width
 HEAD_SIZES = [(2, 5, 3, 72), (1, 3, 2, 24), (1, 9, 5, 128)]  # images, tokens, heads, width
 
 
@@ -90,6 +92,15 @@ def run_norms(dtype: torch.dtype, backend: str) -> None:
     torch.cuda.synchronize()
 
 
+def run_attention(dtype: torch.dtype) -> None:
+    """The kernel that normalises queries and keys too, with more heads than multiprocessors and with fewer."""
+    for images, tokens, heads, width in ATTENTION_SIZES:
+        qkv = torch.randn(images, tokens, 3, heads, width, device="cuda", dtype=dtype)
+        for weight_dtype in (dtype, torch.float32):
+            self_attention(qkv, torch.randn(4, width, device="cuda", dtype=weight_dtype).unbind(), backend="cuda")
+    torch.cuda.synchronize()
+
+
 def main() -> int:
     """Run every size in every dtype on each backend that can run; 1 if a backend is missing."""
     missing = 0
@@ -103,6 +114,8 @@ def main() -> int:
             for size in SIZES:
                 run_layer(size, dtype, backend)
             run_norms(dtype, backend)
+            if backend == "cuda" and dtype != torch.float32:
+                run_attention(dtype)
         print(f"{backend}: {len(SIZES)} layers and {len(NORM_SIZES) + len(HEAD_SIZES)} norms in 3 dtypes")
     return missing
 

@@ -155,7 +155,7 @@ cudaError_t dit_moe_route(const void* x, const void* gate, float* weights, int32
                           int64_t num_experts, int64_t top_k, double balance_scale, DitMoeDtype dtype,
                           DitMoeDtype gate_dtype, cudaStream_t stream);
 
-// ---- grouped products: for Hopper GPUs (sm_90a) only, in fp16 and bf16
+// ---- grouped products, and attention: for Hopper GPUs (sm_90a) only, in fp16 and bf16
 //
 // E experts' rows lie behind one another: expert e owns the rows expert_offsets[e] to expert_offsets[e + 1] - 1. Rows
 // from expert_offsets[E] on are neither used nor written. Where E is 1, expert_offsets may be NULL, but for
@@ -201,6 +201,17 @@ cudaError_t dit_moe_grouped_dswiglu(const void* grad, const void* w2, const int3
 cudaError_t dit_moe_grouped_gemm_dw(const void* grad, const void* x, const int32_t* expert_offsets, void* dw,
                                     int64_t num_rows, int64_t height, int64_t width, int64_t num_experts,
                                     int32_t accumulate, DitMoeDtype dw_dtype, DitMoeDtype dtype, cudaStream_t stream);
+
+// Attention of every image's tokens among themselves, scaled by width^-0.5, of queries and keys that are LayerNorms
+// with these weights and biases of the packed ones; rounded to dtype after the norm and as shares of the values. width,
+// of a head, is 64, 72 or 88, num_tokens a multiple of 128. qkv and out lie at multiples of 16 bytes. weight_dtype is
+// fp32 or dtype.
+//   qkv (B, N, 3, H, width) dtype, q_weight, q_bias, k_weight, k_bias (width,) weight_dtype -> out (B, N, H, width)
+//   dtype
+cudaError_t dit_moe_qk_norm_attention(const void* qkv, const void* q_weight, const void* q_bias, const void* k_weight,
+                                      const void* k_bias, void* out, int64_t num_images, int64_t num_tokens,
+                                      int64_t num_heads, int64_t width, double eps, DitMoeDtype dtype,
+                                      DitMoeDtype weight_dtype, cudaStream_t stream);
 
 // The routed layer where no gradient follows: dit_moe_route, dit_moe_permute, dit_moe_grouped_swiglu,
 // dit_moe_grouped_gemm and dit_moe_unpermute, under the conditions of each. addend may be NULL.

@@ -31,8 +31,8 @@ __device__ __forceinline__ Place sweep(int number, int tiles_m, int tiles_n, int
 }
 
 // Tiles are numbered expert by expert. A cluster's tile is kTileM rows a block, of neighbouring rows; where two blocks
-// are left with no more than kTileM rows of an expert, they take neighbouring columns of these. Without offsets the only
-// expert owns all rows.
+// are left with no more than kTileM rows of an expert, they take neighbouring columns of these. Without offsets the
+// only expert owns all rows.
 template <int kCluster>
 class TileScheduler {
  public:

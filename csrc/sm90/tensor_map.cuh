@@ -26,20 +26,24 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// Rank 2 to 4; sizes[0] are the elements of a row, strides are in bytes and begin with that of dimension 1.
+// Rank 2 to 4; sizes[0] are the elements of a row, strides are in bytes and begin with that of dimension 1. Boxes have
+// 16, 32 or 64 elements in a row, and the swizzle of that width.
 template <int kRank>
 cudaError_t encode_map(CUtensorMap* map, const void* address, bool is_bf16, const cuuint64_t (&sizes)[kRank],
-                       const cuuint64_t (&strides)[kRank - 1], int box_rows) {
+                       const cuuint64_t (&strides)[kRank - 1], int box_rows, int box_columns = 64) {
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   cuuint32_t box[kRank], steps[kRank];
   for (int i = 0; i < kRank; ++i) box[i] = steps[i] = 1;
-  box[0] = 64;
+  box[0] = static_cast<cuuint32_t>(box_columns);
   box[1] = static_cast<cuuint32_t>(box_rows);
+  const CUtensorMapSwizzle swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                         : CU_TENSOR_MAP_SWIZZLE_32B;
   const CUresult result =
       encode(map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank,
-             const_cast<void*>(address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             const_cast<void*>(address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -2,7 +2,8 @@
 //
 // Operand tiles have rows of 128 bytes in the 128-byte swizzle: 16-byte chunk c of row r lies at chunk c ^ (r % 8).
 // Tiles start at multiples of 1024 bytes. Rows are rows of the matrix with 64 elements along K ("K-major"), or, for an
-// operand stored the other way round ("transposed"), rows along K with 64 elements along M or N.
+// operand stored the other way round ("transposed"), rows along K with 64 elements along M or N. Narrow tiles have rows
+// of 64 or 32 bytes with the swizzle of that width: chunk c lies at c ^ (r / 2 % 4) or c ^ (r / 4 % 2).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,12 +17,14 @@ namespace dit_moe::sm90 {
 constexpr int kSwizzleBytes = 128;  // a tile row
 constexpr int kSwizzleRows = 8;     // the swizzle's period
 
-// leading_bytes: for a transposed operand, from one column of 64 elements to the next; otherwise unused.
+// leading_bytes: for a transposed operand, from one column of a row's elements to the next; otherwise unused.
 // The stride is that of 8 rows.
+template <int kRowBytes = kSwizzleBytes>
 __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address, uint32_t leading_bytes) {
-  constexpr uint64_t swizzle_128 = uint64_t{1} << 62;
-  constexpr uint64_t stride = uint64_t{kSwizzleBytes * kSwizzleRows / 16} << 32;
-  return swizzle_128 | stride | uint64_t{leading_bytes / 16} << 16 | (address & 0x3ffff) / 16;
+  static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32, "no swizzle of this width");
+  constexpr uint64_t swizzle = uint64_t{kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3} << 62;
+  constexpr uint64_t stride = uint64_t{kRowBytes * kSwizzleRows / 16} << 32;
+  return swizzle | stride | uint64_t{leading_bytes / 16} << 16 | (address & 0x3ffff) / 16;
 }
 
 // Call before the first product of a batch, and after any other use of the accumulators.
@@ -111,6 +114,12 @@ __device__ __forceinline__ void pin(uint32_t (&values)[kCount]) {
 #define DIT_MOE_R_256 DIT_MOE_R_240 ", " DIT_MOE_R15
 #define DIT_MOE_D_256 DIT_MOE_D_240, DIT_MOE_D8(15)
 
+// The odd eighths that heads of attention have.
+#define DIT_MOE_R_72 DIT_MOE_R_64 ", %32, %33, %34, %35"
+#define DIT_MOE_D_72 DIT_MOE_D_64, DIT_MOE_D4(32)
+#define DIT_MOE_R_88 DIT_MOE_R_80 ", %40, %41, %42, %43"
+#define DIT_MOE_D_88 DIT_MOE_D_80, DIT_MOE_D4(40)
+
 // One width; A and the four numbers after it are those of the operands behind the accumulators.
 #define DIT_MOE_MMA_WIDTH(N, A, B, C, D, E)                                                         \
   if constexpr (kN == N) {                                                                          \
@@ -144,6 +153,37 @@ __device__ __forceinline__ void mma(float* d, uint64_t a, uint64_t b, int accumu
   DIT_MOE_MMA_WIDTH(224, 112, 113, 114, 115, 116)
   DIT_MOE_MMA_WIDTH(240, 120, 121, 122, 123, 124)
   DIT_MOE_MMA_WIDTH(256, 128, 129, 130, 131, 132)
+}
+
+// The same with A in registers, of which lane l of warp w holds elements (16 w + l / 4, 2 (l % 4)) and its neighbour,
+// the pair 8 rows below, and both once more 8 columns on; B is transposed.
+#define DIT_MOE_MMA_REGISTERS(N, TYPE, REGISTERS, A0, A1, A2, A3, B, ACCUMULATE, ...)                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE                                                   \
+               ", 0;\n"                                                                                         \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A0 ", " A1 \
+               ", " A2 ", " A3 "}, " B ", p, 1, 1, 1;\n}\n"                                                     \
+               : __VA_ARGS__                                                                                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
+#define DIT_MOE_MMA_REGISTERS_WIDTH(N, A0, A1, A2, A3, B, C)                                              \
+  if constexpr (kN == N) {                                                                                \
+    if constexpr (is_bf16) {                                                                              \
+      DIT_MOE_MMA_REGISTERS(N, "bf16", DIT_MOE_R_##N, "%" #A0, "%" #A1, "%" #A2, "%" #A3, "%" #B, "%" #C, \
+                            DIT_MOE_D_##N);                                                               \
+    } else {                                                                                              \
+      DIT_MOE_MMA_REGISTERS(N, "f16", DIT_MOE_R_##N, "%" #A0, "%" #A1, "%" #A2, "%" #A3, "%" #B, "%" #C,  \
+                            DIT_MOE_D_##N);                                                               \
+    }                                                                                                     \
+  }
+
+template <typename Element, int kN>
+__device__ __forceinline__ void mma_registers(float (&d)[kN / 2], const uint32_t* a, uint64_t b, int accumulate) {
+  constexpr bool is_bf16 = std::is_same_v<Element, __nv_bfloat16>;
+  static_assert(is_bf16 || std::is_same_v<Element, __half>, "bf16 or fp16");
+  static_assert(kN == 64 || kN == 72 || kN == 88, "no instruction of this width here");
+  DIT_MOE_MMA_REGISTERS_WIDTH(64, 32, 33, 34, 35, 36, 37)
+  DIT_MOE_MMA_REGISTERS_WIDTH(72, 36, 37, 38, 39, 40, 41)
+  DIT_MOE_MMA_REGISTERS_WIDTH(88, 44, 45, 46, 47, 48, 49)
 }
 
 }  // namespace dit_moe::sm90

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
-import torch.nn.functional as F
-from dit_moe_kernels import qk_norm
+from dit_moe_kernels import self_attention
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .init import xavier_linear_
 from .modulation import NORM_EPS
@@ -42,31 +37,11 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        q_BNHd, k_BNHd, v_BNHd = self.qkv(x_BND).unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
+        qkv_BN3Hd = self.qkv(x_BND).unflatten(2, (3, self.num_heads, self.head_dim))
+        norm = None
         if self.q_norm is not None and self.k_norm is not None:
-            weights = self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias
-            q_BNHd, k_BNHd = qk_norm(q_BNHd, k_BNHd, *weights, NORM_EPS)
-        q_BHNd, k_BHNd, v_BHNd = (x_BNHd.transpose(1, 2) for x_BNHd in (q_BNHd, k_BNHd, v_BNHd))
-        with _attention_kernels(q_BNHd):
-            out_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd)
-        return self.proj(out_BHNd.transpose(1, 2).flatten(2))
+            norm = self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias
+        return self.proj(self_attention(qkv_BN3Hd, norm, NORM_EPS))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
-
-
-def _attention_kernels(q: Tensor) -> AbstractContextManager:
-    """Prefer cuDNN's kernel where no gradient is wanted: at head widths 64 to 88 it was measured fastest on Hopper.
-
-    What the user has switched off stays off. With a gradient PyTorch's own order holds: cuDNN's backward need not give
-    the same bits twice. So it does under torch.compile, which cannot trace a look at the user's switches.
-    """
-    if not q.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return nullcontext()
-    enabled = {
-        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
-    }
-    return sdpa_kernel([kernel for kernel, usable in enabled.items() if usable], set_priority=True)

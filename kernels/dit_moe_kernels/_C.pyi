@@ -272,6 +272,22 @@ def grouped_dswiglu(
 
 DSWIGLU_COLUMNS: int  # of a column tile of `dots`
 
+def qk_norm_attention(
+    qkv: int,
+    q_weight: int,
+    q_bias: int,
+    k_weight: int,
+    k_bias: int,
+    out: int,
+    num_images: int,
+    num_tokens: int,
+    num_heads: int,
+    width: int,
+    eps: float,
+    dtype: int,
+    weight_dtype: int,
+    stream: int,
+) -> None: ...
 def routed_ffn(
     x: int,
     gate: int,

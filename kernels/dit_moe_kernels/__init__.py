@@ -2,12 +2,13 @@
 
 Ops, in the order of a layer: route, or router_logits, topk_softmax and make_routing_plan; then the fused expert_ffn,
 or permute, grouped_gemm, swiglu, grouped_gemm, unpermute. For a shared expert: linear_swiglu. Around attention and
-experts: norm_modulate, residual_norm_modulate and qk_norm. All are torch.library ops with autograd.
+experts: norm_modulate, residual_norm_modulate, qk_norm and self_attention. All are torch.library ops with autograd.
 count_routing keeps histograms of which experts were chosen where, for analysis. adamw_ and average_ update training
 state in one pass, rounded stochastically where it is kept in bf16.
 """
 
 from .activation import swiglu
+from .attention import self_attention
 from .backends import BACKENDS, availability, cuda_build_info, current_backend, op_families, use_backend
 from .counting import RoutingCounts, count_routing
 from .errors import BackendUnavailableError, KernelError
@@ -51,6 +52,7 @@ __all__ = [
     "route",
     "routed_ffn",
     "router_logits",
+    "self_attention",
     "swiglu",
     "topk_softmax",
     "unpermute",

@@ -30,11 +30,17 @@ _PREFERENCE = {
     "swiglu": ("cuda", "triton", "reference"),
     "linear_swiglu": ("cuda", "triton", "reference"),
     "norm": ("cuda", "triton", "reference"),
+    "attention": ("cuda", "triton", "reference"),
     "expert_ffn": ("cuda", "triton", "reference"),
     "updates": ("triton", "reference"),
 }
 _MAX_EXPERTS = {"router": 64, "routing": 512}  # of the CUDA kernels
-_PRODUCTS = ("grouped_gemm", "linear_swiglu", "expert_ffn")  # families whose CUDA kernels ask for more than the others'
+_PRODUCTS = (
+    "grouped_gemm",
+    "linear_swiglu",
+    "attention",
+    "expert_ffn",
+)  # families whose CUDA kernels ask for more than the others'
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()  # .backend: what use_backend() set on this thread
 

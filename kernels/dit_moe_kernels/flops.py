@@ -55,10 +55,16 @@ def _routed_ffn(
     return _product(x, gate) + _expert_ffn(x, w13, w2, (x[0], top_k))
 
 
+def _attention(qkv: Shape, *_: Any, **__: Any) -> int:
+    images, tokens, _three, heads, width = qkv
+    return 4 * images * heads * tokens**2 * width
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "route": _product,
     "router_logits": _product,
     "linear_swiglu": _product,
+    "qk_norm_attention": _attention,
     "routed_ffn": _routed_ffn,
     "grouped_gemm": _product,
     "grouped_gemm_dx": _product,

@@ -1,6 +1,6 @@
 """Plain PyTorch reference of the norms around attention and experts, and of their gradients.
 
-Shape suffixes: B images, N tokens of an image, H heads, d width of a head, D model width.
+Shape suffixes: B images, N (or M) tokens of an image, H heads, d width of a head, D model width.
 """
 
 from __future__ import annotations
@@ -72,6 +72,22 @@ def qk_norm(
     width = q_BNHd.shape[-1:]
     q_BNHd = F.layer_norm(q_BNHd, width, q_weight_d, q_bias_d, eps)
     return q_BNHd.to(dtype), F.layer_norm(k_BNHd, width, k_weight_d, k_bias_d, eps).to(dtype)
+
+
+def qk_norm_attention(
+    qkv_BN3Hd: Tensor,
+    q_weight_d: Tensor,
+    q_bias_d: Tensor,
+    k_weight_d: Tensor,
+    k_bias_d: Tensor,
+    eps: float,
+) -> Tensor:
+    """Attention of normalised queries and keys, scores and their softmax in the accumulation dtype: (B, N, H, d)."""
+    q_BNHd, k_BNHd, v_BNHd = qkv_BN3Hd.unbind(2)
+    dtype, wide = qkv_BN3Hd.dtype, accumulation_dtype(qkv_BN3Hd.dtype)
+    q_BNHd, k_BNHd = qk_norm(q_BNHd, k_BNHd, q_weight_d, q_bias_d, k_weight_d, k_bias_d, eps, dtype)
+    scores_BHNM = torch.einsum("bnhd,bmhd->bhnm", q_BNHd.to(wide), k_BNHd.to(wide)) * q_BNHd.shape[-1] ** -0.5
+    return torch.einsum("bhnm,bmhd->bnhd", scores_BHNM.softmax(-1).to(dtype), v_BNHd).contiguous()
 
 
 def qk_norm_backward(

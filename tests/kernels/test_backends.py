@@ -145,7 +145,7 @@ def test_auto_prefers_kernels_on_a_gpu():
     assert resolved(family="router", device="cuda", num_experts=65) == "triton"
     assert resolved(family="norm", device="cuda", refusal="mixed") == "triton"
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    for family in ("grouped_gemm", "linear_swiglu", "expert_ffn"):
+    for family in ("grouped_gemm", "linear_swiglu", "attention", "expert_ffn"):
         assert resolved(family=family, device="cuda", dtype=BF16) == (expected if hopper else "triton")
         assert resolved(family=family, device="cuda", dtype=FP32) == "triton"
         assert resolved(family=family, device="cuda", dtype=BF16, whole_chunks=False) == "triton"
@@ -178,7 +178,7 @@ def test_products_of_other_widths_are_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(kernels, "unsupported", lambda device, dtype, whole_chunks: None if whole_chunks else "widths")
     backends._reason_against.cache_clear()
     try:
-        for family in ("grouped_gemm", "linear_swiglu", "expert_ffn"):
+        for family in ("grouped_gemm", "linear_swiglu", "attention", "expert_ffn"):
             assert resolved("cuda", family, dtype=BF16) == "cuda"
             with pytest.raises(BackendUnavailableError, match=f"'cuda' cannot run {family}: widths"):
                 resolved("cuda", family, dtype=BF16, whole_chunks=False)

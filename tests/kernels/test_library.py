@@ -81,6 +81,7 @@ def op_samples(target) -> dict[str, tuple]:
         "qk_norm": (
             rand(2, 5, 3, 8, grad=True), rand(2, 5, 3, 8, grad=True), *vectors(8, grad=True), 1e-6, target.dtype, name,
         ),
+        "qk_norm_attention": (rand(2, 5, 3, 2, 8), *vectors(8), 1e-6, "reference"),  # the kernel: test_attention.py
         "qk_norm_backward": (*vectors(2, 5, 3, 8), rand(8), rand(8), 1e-6, name),
         "expert_ffn": (
             rand(t, d, grad=True), rand(e, 2 * f, d, grad=True), rand(e, d, f, grad=True),

@@ -23,6 +23,7 @@ LAYER_FUNCTIONS = {LAYER, "routed_ffn_products", "routed_ffn_combine", "routed_f
 ROUTING_OPS = {"router_logits": 3, "topk_softmax": 4, "topk_softmax_backward": 5, "routing_plan": 8, "route": 13}
 NORMS = {"norm_modulate": 7, "norm_modulate_backward": 13}
 HEAD_NORMS = {"qk_norm": 8, "qk_norm_backward": 9}
+ATTENTION = "qk_norm_attention"
 NUM_ADDRESSES = {**ROW_OPS, **ACTIVATIONS, **PRODUCTS, **ROUTING_OPS, **NORMS, **HEAD_NORMS}
 BAD_DTYPE = 7
 FLOAT32, BFLOAT16 = 0, 2
@@ -94,7 +95,7 @@ def test_stub_matches_the_module():
     functions = [node for node in ast.parse((KERNELS / "_C.pyi").read_text()).body if isinstance(node, ast.FunctionDef)]
     compiled = {name for name in dir(module) if callable(getattr(module, name))}
     assert {function.name for function in functions} - compiled <= (
-        set() if has_products() else {*PRODUCTS, *LAYER_FUNCTIONS}
+        set() if has_products() else {*PRODUCTS, *LAYER_FUNCTIONS, ATTENTION}
     )
     assert compiled <= {function.name for function in functions}
     for function in (function for function in functions if function.name in compiled):
@@ -199,6 +200,29 @@ def test_addresses_of_products_must_be_aligned(op):
 def test_rows_of_several_experts_need_offsets(op):
     with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
         getattr(cuda_impl.extension(), op)(*arguments(op, experts=2))
+
+
+@needs_products
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        *((place, -1) for place in range(6, 10)), *((place, 2**31) for place in range(6, 10)),
+        (0, 8), (5, 8), (7, 100), (9, 48), (9, 128), (11, FLOAT32), (11, BAD_DTYPE), (12, 1), (12, BAD_DTYPE),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_attention_are_refused(place, value):
+    given = [0] * 6 + [1, 128, 2, 64, 1e-6, BFLOAT16, FLOAT32, 0]
+    given[place] = value
+    with pytest.raises(RuntimeError, match=rf"^{ATTENTION}: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        getattr(cuda_impl.extension(), ATTENTION)(*given)
+
+
+@needs_products
+@pytest.mark.parametrize("place", [6, 7, 8])
+def test_no_attention_is_launched_without_tokens(place):
+    given = [0] * 6 + [1, 128, 2, 64, 1e-6, BFLOAT16, FLOAT32, 0]
+    given[place] = 0
+    getattr(cuda_impl.extension(), ATTENTION)(*given)
 
 
 @needs_products

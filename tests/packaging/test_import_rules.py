@@ -25,7 +25,7 @@ LEVELS = {
         {"triton_impl", "cuda_impl"},
         {"backends"},
         {"routing", "router", "activation", "counting", "norm_modulate", "qk_norm", "updates"},
-        {"permute", "grouped_gemm", "linear_swiglu", "route"},
+        {"permute", "grouped_gemm", "linear_swiglu", "route", "attention"},
         {"expert_ffn"},
         {"routed_ffn"},
     ),

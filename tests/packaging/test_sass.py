@@ -55,6 +55,12 @@ def test_each_product_uses_the_warpgroup_instruction(products):
     assert not any(re.search(r"\bHMMA\b", code) for code in products.values())
 
 
+def test_attention_uses_the_warpgroup_instruction(kernels, products):
+    attention = [code for name, code in kernels.items() if "attention_kernel" in name]
+    assert len(attention) == 2 * 3  # two dtypes, three widths
+    assert all("HGMMA" in code and "UTMALDG" in code and not re.search(r"\bHMMA\b", code) for code in attention)
+
+
 def test_the_router_runs_on_the_tensor_cores(kernels):
     routers = [code for name, code in kernels.items() if "router_kernel" in name]
     assert routers and all("HMMA.16816.F32.BF16" in code for code in routers)

@@ -1,5 +1,6 @@
-// Checks csrc/sm90/scheduler.cuh's TokenScheduler on the host: every row meets every column tile exactly once, blocks
-// of a pair agree, and what they say they share is the same. Prints the first case that fails and returns 1.
+// Checks csrc/sm90/scheduler.cuh's TokenScheduler and TileScheduler on the host: every row meets every column tile
+// exactly once, blocks of a pair agree, and what they say they share is the same. Prints the first case that fails and
+// returns 1.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -59,6 +60,40 @@ const char* failure(const Case& c) {
   return once ? nullptr : "a row meets a column not exactly once";
 }
 
+// The same for a TileScheduler. Blocks without a neighbour split nothing; pairs split no more than kTileM rows.
+template <int kCluster>
+const char* failure_of_tiles(const Case& c) {
+  const int num_experts = static_cast<int>(c.offsets.size()) - 1, rows = c.offsets.back();
+  std::vector<int> visits(static_cast<size_t>(rows) * c.columns);
+  for (int cluster = 0; cluster < c.clusters; ++cluster) {
+    const TileScheduler<kCluster> start(c.offsets.data(), rows, num_experts, c.columns, 1 + c.max_height / 64, cluster,
+                                        c.clusters);
+    std::vector<TileScheduler<kCluster>> schedulers(kCluster, start);
+    Tile tiles[kCluster];
+    while (true) {
+      int found = 0;
+      for (int block = 0; block < kCluster; ++block) found += schedulers[block].next(block, tiles[block]);
+      if (found % kCluster != 0) return "one block of a pair ends before the other";
+      if (found == 0) break;
+      for (int block = 0; block < kCluster; ++block) {
+        const Tile& first = tiles[0];
+        const Tile& tile = tiles[block];
+        if (tile.split != first.split || tile.expert != first.expert) return "a pair does not agree";
+        if (tile.split && (kCluster == 1 || tile.row != first.row)) return "a split tile's rows are not the same";
+        if (!tile.split && (tile.row != first.row + block * kTileM || tile.column != first.column)) {
+          return "a pair's rows are no neighbours, or its columns not the same";
+        }
+        if (tile.column < 0 || tile.column >= c.columns || tile.row < c.offsets[tile.expert]) return "out of place";
+        for (int row = tile.row; row < std::min(tile.row + kTileM, tile.end); ++row) {
+          ++visits[row * c.columns + tile.column];
+        }
+      }
+    }
+  }
+  const bool once = std::all_of(visits.begin(), visits.end(), [](int count) { return count == 1; });
+  return once ? nullptr : "a row meets a column not exactly once";
+}
+
 }  // namespace
 
 int main() {
@@ -70,7 +105,10 @@ int main() {
     for (int expert = 0; expert < num_experts; ++expert) {
       c.offsets.push_back(c.offsets.back() + (below(3) == 0 ? 0 : below(most)));
     }
-    if (const char* what = failure(c)) {
+    const char* what = failure(c);
+    if (what == nullptr) what = failure_of_tiles<1>(c);
+    if (what == nullptr) what = failure_of_tiles<2>(c);
+    if (what != nullptr) {
       std::printf("trial %d, %d experts, %d rows, %d columns, height %d, %d clusters: %s\n", trial, num_experts,
                   c.offsets.back(), c.columns, c.max_height, c.clusters, what);
       return 1;

@@ -1,0 +1,391 @@
+// Self-attention over all tokens of an image, from packed queries, keys and values, with LayerNorm of each head's
+// queries and keys on the way.
+//
+// A block takes a head of an image, or 128 queries of one. One thread has the copy engine fetch 128 rows of queries,
+// keys or values into a slot of shared memory, as far ahead as slots are free; a warpgroup normalises queries and keys
+// there, a thread a row. Two consumer warpgroups take 64 of 128 queries each: products and a softmax that never leave
+// registers (the running maximum and sum of FlashAttention, arXiv 2205.14135), over 128 keys at a time.
+//
+// A head is 64, 72 or 88 columns wide. A slot holds queries or keys as a tile of 64 columns and, behind it, a narrow
+// one with the rest and with zeros up to a multiple of 16, which the copy engine puts where a head ends; values as
+// tiles of 32 columns, of which one instruction takes as many columns as a head has.
+#pragma once
+
+#include <limits>
+
+#include "attention_norm.cuh"
+#include "pipeline.cuh"
+
+namespace dit_moe::sm90 {
+
+constexpr int kSlotRows = 128;
+
+struct AttentionArguments {
+  const void* weights[4];  // LayerNorm's for queries: weight, bias, (width,); then for keys
+  void* out;               // (images, tokens, heads, width)
+  int images, tokens, heads;
+  int passes;  // blocks of 128 queries of an item, which its keys and values stay for: 1, or all of them
+  float eps;
+  bool weights_fp32;  // otherwise they are Elements
+};
+
+template <typename Element_, int kWidth_>
+struct AttentionConfig {
+  using Element = Element_;
+  static constexpr int kWidth = kWidth_;                          // of a head
+  static constexpr int kChunks = kWidth / 8;                      // of 16 bytes
+  static constexpr int kRest = (kWidth - 64 + 15) / 16 * 16;      // columns of the narrow tile
+  static constexpr int kRestBytes = kRest == 0 ? 32 : 2 * kRest;  // of its rows
+  static constexpr int kTileBytes = kSlotRows * kSwizzleBytes;    // of 64 columns
+  static constexpr int kKeyBytes = kTileBytes + kSlotRows * 2 * kRest;
+  static constexpr int kValueRowBytes = 64;
+  static constexpr int kValueTileBytes = kSlotRows * kValueRowBytes;
+  static constexpr int kValueTiles = (kWidth + 31) / 32;
+  static constexpr int kValueBytes = kValueTiles * kValueTileBytes;
+  static constexpr int kSlotBytes = kValueBytes > kKeyBytes ? kValueBytes : kKeyBytes;
+  static constexpr int kQuerySlots = 3;
+  static constexpr int kKeySlots = kRest == 0 ? 8 : 6;  // keys and values by turns
+  static constexpr int kSlots = kQuerySlots + kKeySlots;
+  static constexpr int kWeightBytes = 4 * kWidth * 4;
+  static constexpr int kOtherBytes = kWeightBytes + 3 * kSlots * 8 + 1024;  // with room to align the base
+  static constexpr int kWeightsAt = kSlots * kSlotBytes;
+  static constexpr int kBarriersAt = kWeightsAt + kWeightBytes;
+  static constexpr int kDynamicBytes = kSlots * kSlotBytes + kOtherBytes;
+  static_assert(kWidth % 8 == 0 && (kRest == 0 || kRest == 16 || kRest == 32), "no tile for the rest of a head");
+  static_assert(kSlotBytes % 1024 == 0 && kDynamicBytes <= kMaxSharedBytes, "swizzled tiles that fit");
+};
+
+// Warpgroups: two consumers, one that normalises, and one for the thread that copies.
+constexpr int kAttentionThreads = 4 * kGroupThreads;
+constexpr int kAttendingRegisters = 168;
+constexpr int kNormalisingRegisters = 152;
+constexpr int kCopyingRegisters = 24;
+
+template <class C>
+class AttentionBlock {
+ public:
+  using Element = typename C::Element;
+
+  // Maps of qkv (tokens of all images, 3 * heads, width) in boxes of a slot's tiles.
+  __device__ __forceinline__ AttentionBlock(const CUtensorMap& map_main, const CUtensorMap& map_rest,
+                                            const CUtensorMap& map_values, const AttentionArguments& arguments,
+                                            uint8_t* shared)
+      : map_main_(map_main),
+        map_rest_(map_rest),
+        map_values_(map_values),
+        arguments_(arguments),
+        weights_(reinterpret_cast<float*>(shared + C::kWeightsAt)),
+        shared_(shared_address(shared)) {
+    query_blocks_ = arguments.tokens / kSlotRows;
+    passes_ = arguments.passes;
+    items_ = arguments.images * (query_blocks_ / passes_) * arguments.heads;
+  }
+
+  // All threads: barriers, and the norms' weights in fp32.
+  __device__ __forceinline__ void prepare() const {
+    if (threadIdx.x == 0) {
+      prefetch_map(&map_main_);
+      prefetch_map(&map_rest_);
+      prefetch_map(&map_values_);
+      for (int slot = 0; slot < C::kSlots; ++slot) {
+        barrier_init(landed(slot), 1);
+        barrier_init(normalised(slot), kGroupThreads / 32);
+        barrier_init(empty(slot), kConsumerWarps);
+      }
+      barrier_init_fence();
+    }
+    for (int i = threadIdx.x; i < 4 * C::kWidth; i += blockDim.x) {
+      const void* const source = arguments_.weights[i / C::kWidth];
+      const int place = i % C::kWidth;
+      weights_[i] = arguments_.weights_fp32 ? static_cast<const float*>(source)[place]
+                                            : static_cast<float>(static_cast<const Element*>(source)[place]);
+    }
+  }
+
+  // One thread.
+  __device__ __forceinline__ void copy() const {
+    for (Cursor cursor(*this); cursor.valid(); cursor.advance()) copy(cursor);
+  }
+
+  __device__ __forceinline__ void normalise() const {
+    for (Cursor cursor(*this); cursor.valid(); cursor.advance()) {
+      if (cursor.part == 2) continue;
+      const int slot = cursor.slot();
+      barrier_wait(landed(slot), cursor.phase());
+      normalise(slot, cursor.part);
+      shared_fence();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(normalised(slot));
+    }
+  }
+
+  // group: which 64 of 128 queries.
+  __device__ __forceinline__ void attend(int group) const {
+    const float scale = rsqrtf(static_cast<float>(C::kWidth)) * 1.4426950408889634f;  // powers of two, not of e
+    Ring<C::kQuerySlots> queries;
+    Ring<C::kKeySlots> keys;
+    for (int item = blockIdx.x; item < items_; item += gridDim.x) {
+      for (int pass = 0; pass < passes_; ++pass) {
+        Sums sums;
+        const bool last = pass + 1 == passes_;  // the keys and values have done their part
+        Ring<C::kKeySlots> from_here = keys;
+        attend(group, queries, from_here, last, scale, sums);
+        if (last) keys = from_here;
+        store(item / arguments_.heads * passes_ + pass, item % arguments_.heads, group, queries.stage, sums);
+        release(queries.stage);
+        queries.advance();
+      }
+    }
+  }
+
+ private:
+  // Of a lane's two rows, in the layout of the instruction's accumulators.
+  struct Sums {
+    float values[C::kWidth / 2];
+    float maximum[2] = {kLowest, kLowest};
+    float total[2] = {};
+    static constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  };
+
+  // 64 queries with all keys and values from the ring's place on.
+  __device__ __forceinline__ void attend(int group, const Ring<C::kQuerySlots>& queries, Ring<C::kKeySlots>& keys,
+                                         bool last, float scale, Sums& sums) const {
+    barrier_wait(normalised(queries.stage), queries.phase);
+    for (int done = 0; done < arguments_.tokens; done += kSlotRows) {
+      const int key_slot = C::kQuerySlots + keys.stage, value_slot = key_slot + 1;
+      float scores[kSlotRows / 2];
+      uint32_t shares[kSlotRows / 4];
+      barrier_wait(normalised(key_slot), keys.phase);
+      score(queries.stage, group, key_slot, scores);
+      if (last) release(key_slot);
+      soften(scores, scale, done == 0, sums, shares);
+      barrier_wait(landed(value_slot), keys.phase);
+      add_values(value_slot, done == 0, shares, sums);
+      if (last) release(value_slot);
+      keys.advance();
+      keys.advance();
+    }
+  }
+
+  // A place in the work on slots: a part (0 queries, 1 keys, 2 values) of 128 rows of an item. A second block of
+  // queries comes after the keys and values.
+  struct Cursor {
+    const AttentionBlock& block;
+    int item, part = 0, pass = 0;
+    int rows = 0;  // keys or values of the item before these
+    Ring<C::kQuerySlots> queries;
+    Ring<C::kKeySlots> keys;
+
+    explicit __device__ __forceinline__ Cursor(const AttentionBlock& b) : block(b), item(blockIdx.x) {}
+    __device__ __forceinline__ bool valid() const { return item < block.items_; }
+    __device__ __forceinline__ int slot() const { return part == 0 ? queries.stage : C::kQuerySlots + keys.stage; }
+    __device__ __forceinline__ uint32_t phase() const { return part == 0 ? queries.phase : keys.phase; }
+    __device__ __forceinline__ void advance() {
+      if (part == 0) {
+        queries.advance();
+        if (pass > 0) {
+          leave();
+        } else {
+          part = 1;
+        }
+        return;
+      }
+      keys.advance();
+      part = 3 - part;
+      if (part == 2) return;
+      rows += kSlotRows;
+      if (rows < block.arguments_.tokens) return;
+      part = 0;
+      if (++pass == block.passes_) leave();
+    }
+    __device__ __forceinline__ void leave() {
+      item += gridDim.x;
+      part = pass = rows = 0;
+    }
+  };
+
+  __device__ __forceinline__ uint32_t tile(int slot) const { return shared_ + slot * C::kSlotBytes; }
+  __device__ __forceinline__ uint32_t rest_tile(int slot) const { return tile(slot) + C::kTileBytes; }
+  __device__ __forceinline__ uint32_t landed(int slot) const { return shared_ + C::kBarriersAt + slot * 8; }
+  __device__ __forceinline__ uint32_t normalised(int slot) const { return landed(C::kSlots) + slot * 8; }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return normalised(C::kSlots) + slot * 8; }
+
+  // Where 8 columns of a row lie.
+  __device__ __forceinline__ uint32_t chunk(int slot, int row, int number) const {
+    if (number < 8) return tile(slot) + row * kSwizzleBytes + (number ^ row % 8) * 16;
+    constexpr int chunks = C::kRestBytes / 16;
+    return rest_tile(slot) + row * C::kRestBytes + (number - 8 ^ row / (8 / chunks) % chunks) * 16;
+  }
+
+  // Each warp for itself.
+  __device__ __forceinline__ void release(int slot) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty(slot));
+  }
+
+  // One thread: starts the copies of the cursor's rows as soon as their slot is free.
+  __device__ __forceinline__ void copy(const Cursor& cursor) const {
+    const int slot = cursor.slot(), heads = arguments_.heads;
+    const int block = cursor.item / heads, head = cursor.item - block * heads;
+    const int image_row = block * passes_ / query_blocks_ * arguments_.tokens;
+    const int row = cursor.part == 0 ? (block * passes_ + cursor.pass) * kSlotRows : image_row + cursor.rows;
+    const int column = cursor.part * heads + head;
+    barrier_wait(empty(slot), cursor.phase() ^ 1);
+    if (cursor.part == 2) {
+      barrier_arrive_expect(landed(slot), C::kValueBytes);
+#pragma unroll
+      for (int i = 0; i < C::kValueTiles; ++i) {
+        copy_box(&map_values_, tile(slot) + i * C::kValueTileBytes, landed(slot), 32 * i, row, column);
+      }
+    } else {
+      barrier_arrive_expect(landed(slot), C::kKeyBytes);
+      copy_box(&map_main_, tile(slot), landed(slot), 0, row, column);
+      if constexpr (C::kRest > 0) copy_box(&map_rest_, rest_tile(slot), landed(slot), 64, row, column);
+    }
+  }
+
+  // A thread a row.
+  __device__ __forceinline__ void normalise(int slot, int part) const {
+    const int row = threadIdx.x % kGroupThreads;
+    normalise_row<Element, C::kChunks>([&](int i) { return chunk(slot, row, i); }, weights_ + part * 2 * C::kWidth,
+                                       arguments_.eps);
+  }
+
+  // Products of this group's 64 queries with the keys.
+  __device__ __forceinline__ void score(int query_slot, int group, int key_slot, float (&scores)[kSlotRows / 2]) const {
+    const uint64_t q = operand_descriptor(tile(query_slot) + group * 64 * kSwizzleBytes, 0);
+    const uint64_t k = operand_descriptor(tile(key_slot), 0);
+    mma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      mma<Element, kSlotRows, false, false>(scores, q + step * 2, k + step * 2, step > 0);
+    }
+    if constexpr (C::kRest > 0) {
+      const uint64_t q_rest = operand_descriptor<C::kRestBytes>(rest_tile(query_slot) + group * 64 * C::kRestBytes, 0);
+      const uint64_t k_rest = operand_descriptor<C::kRestBytes>(rest_tile(key_slot), 0);
+#pragma unroll
+      for (int step = 0; step < C::kRest / 16; ++step) {
+        mma<Element, kSlotRows, false, false>(scores, q_rest + step * 2, k_rest + step * 2, 1);
+      }
+    }
+    mma_commit();
+    mma_wait<0>();
+    pin(scores);
+  }
+
+  // shares = exp(scores) over the maximum so far, in pairs as the instruction takes them; what was summed before under
+  // a lower maximum shrinks accordingly.
+  __device__ __forceinline__ void soften(const float (&scores)[kSlotRows / 2], float scale, bool first, Sums& sums,
+                                         uint32_t (&shares)[kSlotRows / 4]) const {
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {  // the lane's two rows
+      float highest = scores[2 * upper];
+#pragma unroll
+      for (int i = 0; i < kSlotRows / 8; ++i) {
+        highest = fmaxf(highest, fmaxf(scores[4 * i + 2 * upper], scores[4 * i + 2 * upper + 1]));
+      }
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+      highest = fmaxf(sums.maximum[upper], highest * scale);
+      if (!first) {
+        const float shrink = power_of_two(sums.maximum[upper] - highest);
+        sums.total[upper] *= shrink;
+#pragma unroll
+        for (int i = 0; i < C::kChunks; ++i) {
+          sums.values[4 * i + 2 * upper] *= shrink;
+          sums.values[4 * i + 2 * upper + 1] *= shrink;
+        }
+      }
+      sums.maximum[upper] = highest;
+      float total = 0;
+#pragma unroll
+      for (int i = 0; i < kSlotRows / 8; ++i) {
+        const float left = power_of_two(scores[4 * i + 2 * upper] * scale - highest);
+        const float right = power_of_two(scores[4 * i + 2 * upper + 1] * scale - highest);
+        total += left + right;
+        shares[2 * i + upper] = round_pair<Element>(left, right);
+      }
+      sums.total[upper] += total;
+    }
+  }
+
+  __device__ __forceinline__ void add_values(int value_slot, bool first, uint32_t (&shares)[kSlotRows / 4],
+                                             Sums& sums) const {
+    const uint64_t v = operand_descriptor<C::kValueRowBytes>(tile(value_slot), C::kValueTileBytes);
+    pin(shares);
+    mma_fence();
+#pragma unroll
+    for (int step = 0; step < kSlotRows / 16; ++step) {
+      mma_registers<Element, C::kWidth>(sums.values, shares + 4 * step, v + step * C::kValueRowBytes,
+                                        !first || step > 0);
+    }
+    mma_commit();
+    mma_wait<0>();
+    pin(sums.values);
+  }
+
+  // By way of the queries' slot, where each warp's rows are its own again, to whole rows of memory.
+  __device__ __forceinline__ void store(int block, int head, int group, int query_slot, Sums& sums) const {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");  // the other warps' products have read the queries
+    const int first_row = group * 64 + warp * 16;
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      float total = sums.total[upper];
+      total += __shfl_xor_sync(0xffffffffu, total, 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      const float inverse = 1.0f / total;
+      const int row = first_row + upper * 8 + lane / 4;
+#pragma unroll
+      for (int i = 0; i < C::kChunks; ++i) {
+        const float left = sums.values[4 * i + 2 * upper], right = sums.values[4 * i + 2 * upper + 1];
+        store_shared(chunk(query_slot, row, i) + lane % 4 * 4, round_pair<Element>(left * inverse, right * inverse));
+      }
+    }
+    __syncwarp();
+    const int heads = arguments_.heads;
+    const int64_t first = int64_t{block} * kSlotRows + first_row;  // blocks of queries lie behind one another
+    Element* const target = static_cast<Element*>(arguments_.out) + (first * heads + head) * C::kWidth;
+    for (int place = lane; place < 16 * C::kChunks; place += 32) {
+      const int row = place / C::kChunks, number = place % C::kChunks;
+      const uint4 word = load_shared(chunk(query_slot, first_row + row, number));
+      *reinterpret_cast<uint4*>(target + int64_t{row} * heads * C::kWidth + number * 8) = word;
+    }
+    shared_fence();
+    __syncwarp();
+  }
+
+  const CUtensorMap& map_main_;
+  const CUtensorMap& map_rest_;
+  const CUtensorMap& map_values_;
+  const AttentionArguments& arguments_;
+  float* weights_;
+  uint32_t shared_;
+  int query_blocks_;  // of an image
+  int passes_;
+  int items_;
+};
+
+template <class C>
+__global__ void __launch_bounds__(kAttentionThreads, 1)
+    attention_kernel(const __grid_constant__ CUtensorMap map_main, const __grid_constant__ CUtensorMap map_rest,
+                     const __grid_constant__ CUtensorMap map_values,
+                     const __grid_constant__ AttentionArguments arguments) {
+  extern __shared__ uint8_t dynamic_shared[];
+  uint8_t* const shared = dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024;
+  const AttentionBlock<C> block(map_main, map_rest, map_values, arguments, shared);
+  block.prepare();
+  __syncthreads();
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);  // known to be the same for a warp
+  if (group < 2) {
+    take_registers<kAttendingRegisters>();
+    block.attend(group);
+  } else if (group == 2) {
+    take_registers<kNormalisingRegisters>();
+    block.normalise();
+  } else {
+    give_registers<kCopyingRegisters>();
+    if (threadIdx.x % kGroupThreads == 0) block.copy();
+  }
+}
+
+}  // namespace dit_moe::sm90
