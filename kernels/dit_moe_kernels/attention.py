@@ -53,6 +53,8 @@ def self_attention(
     q_BNHd, k_BNHd, v_BNHd = qkv.unbind(2)
     if norm is not None:
         q_BNHd, k_BNHd = qk_norm(q_BNHd, k_BNHd, *norm, eps, backend=backend)
+    if qkv.numel() == 0:  # PyTorch's attention fails on nothing, of which all gradients are nothing or zero
+        return (q_BNHd + k_BNHd + v_BNHd).flatten(2)
     q_BHNd, k_BHNd, v_BHNd = (x_BNHd.transpose(1, 2) for x_BNHd in (q_BNHd, k_BNHd, v_BNHd))
     with _pytorchs_kernels(q_BHNd):
         out_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd)

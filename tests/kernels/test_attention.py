@@ -46,12 +46,14 @@ def _hopper(request):
 
 
 def naive(qkv: Tensor, *weights: Tensor) -> Tensor:
-    """A softmax over all scores, in the dtype of the inputs."""
+    """A softmax over all scores; outside fp64 PyTorch's own attention, which the library calls where it has no kernel."""
     q, k, v = qkv.unbind(2)
     if weights:
         q = F.layer_norm(q, q.shape[-1:], weights[0].to(q.dtype), weights[1].to(q.dtype), 1e-6)
         k = F.layer_norm(k, k.shape[-1:], weights[2].to(q.dtype), weights[3].to(q.dtype), 1e-6)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.dtype != FP64 and q.numel():  # which cannot take nothing
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
