@@ -20,7 +20,6 @@ from dit_moe_kernels import (  # noqa: E402
     availability,
     expert_ffn,
     grouped_gemm,
-    linear_swiglu,
     make_routing_plan,
     norm_modulate,
     permute,
@@ -63,10 +62,10 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
         # The CUDA products and their gradients, and the whole layer in one call, on Hopper.
         leaf = weights.detach().requires_grad_()  # the graph behind the weights is spent
         expert_ffn(x, w13, w2, leaf, plan, backend="cuda").sum().backward()
-        linear_swiglu(x, w13[0], backend="cuda").sum().backward()
+        torch.ops.dit_moe.linear_swiglu(x, w13[0], True, "cuda")[0].sum().backward()
         with torch.no_grad():
             routed_ffn(x, gate, w13, w2, top_k, addend=x, backend="cuda")
-            linear_swiglu(x, w13[0], backend="cuda")
+            torch.ops.dit_moe.linear_swiglu(x, w13[0], False, "cuda")
             torch.ops.dit_moe.grouped_gemm_dx(h, w13, *plan[1:2], *plan[4:7], "cuda")
     torch.cuda.synchronize()
 

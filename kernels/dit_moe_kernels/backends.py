@@ -53,7 +53,6 @@ class _Inputs(NamedTuple):
     dtype: torch.dtype
     whole_chunks: bool = True
     many_experts: bool = False
-    few_rows: bool = False
     refusal: str | None = None
 
 
@@ -118,7 +117,6 @@ def resolve(
     *,
     whole_chunks: bool = True,
     num_experts: int = 0,
-    few_rows: bool = False,
     refusal: str | None = None,
 ) -> str:
     """Turn a requested backend into the one that runs.
@@ -130,7 +128,6 @@ def resolve(
         dtype: of the inputs.
         whole_chunks: of the products' widths, what `whole_chunks` says.
         num_experts: E, where the CUDA kernels of the family have a bound on it.
-        few_rows: the CUDA kernel is slower than what comes after it on inputs so small; "auto" passes it over.
         refusal: why the CUDA kernel cannot take these inputs, where only the op knows.
 
     Raises:
@@ -140,7 +137,7 @@ def resolve(
     if backend == "auto":
         backend = getattr(_local, "backend", None) or "auto"
     many_experts = num_experts > _MAX_EXPERTS.get(family, num_experts)
-    return _settle(backend, family, device, dtype, whole_chunks, many_experts, few_rows, refusal)
+    return _settle(backend, family, device, dtype, whole_chunks, many_experts, refusal)
 
 
 def companion(backend: str, family: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -180,8 +177,6 @@ def _choose(inputs: _Inputs) -> str:
     rejected: list[str] = []
     for candidate in _PREFERENCE[family]:
         reason = _reason_against(candidate, inputs)
-        if reason is None and inputs.few_rows and candidate == "cuda":
-            reason = "slower on so few rows"
         if reason is None:
             why = "; ".join(rejected) or "first choice"
             on_gpu = torch.device(device).type == "cuda"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, checks, reference
-from .activation import swiglu_backward
+from .activation import swiglu, swiglu_backward
 from .library import define_op
 
 # From so many rows on the fused kernel is the faster one without gradients (0.75 to 0.95 of the time on S, B, XL and G;
@@ -28,8 +28,8 @@ def linear_swiglu(x: Tensor, w13: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         x: (T, D) float, tokens.
         w13: (2F, D) float, gate rows first, then up rows.
-        backend: "auto", "cuda" (Hopper), "triton" (PyTorch's product and a kernel for the activation) or "reference".
-            "auto" takes "cuda" from 4096 tokens, below which it is the slower one.
+        backend: "auto", "cuda" (Hopper: one kernel from 4096 tokens on; below, where it would be the slower way,
+            PyTorch's product and a kernel for the activation), "triton" (the latter two always) or "reference".
 
     Returns:
         (T, F), in autocast's dtype under autocast, else in x's dtype, which w13 must share. The pre-activations are
@@ -44,8 +44,9 @@ def linear_swiglu(x: Tensor, w13: Tensor, *, backend: str = "auto") -> Tensor:
     dtype = checks.autocast_dtype(x)
     save_h = torch.is_grad_enabled() and (x.requires_grad or w13.requires_grad)
     fits = backends.whole_chunks(dtype, w13.shape[1], w13.shape[0] // 2)
-    few = True if x.shape[0] < _FUSED_ROWS else False  # noqa: SIM210 (a branch, which torch.compile guards)
-    name = backends.resolve(backend, "linear_swiglu", x.device, dtype, whole_chunks=fits, few_rows=few)
+    name = backends.resolve(backend, "linear_swiglu", x.device, dtype, whole_chunks=fits)
+    if name == "cuda" and x.shape[0] < _FUSED_ROWS:
+        return swiglu(F.linear(x.to(dtype), w13.to(dtype)), backend=name)
     return _linear_swiglu(x.to(dtype), w13.to(dtype), save_h, name)[0]
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_moe_kernels import attention, availability, self_attention, use_backend
-from dit_moe_kernels.cuda_impl import grouped_gemm as cuda_products
+from dit_moe_kernels import attention, self_attention, use_backend
 from dit_moe_kernels.flops import register_flop_formulas
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,27 +31,17 @@ FUSED_SHAPES = [
 ]  # fmt: skip
 NAMES = ["qkv", "q_weight", "q_bias", "k_weight"]
 ON_HOPPER = gpu_targets("cuda", dtypes=[BF16, FP16])
-
-
-@pytest.fixture(autouse=True)
-def _hopper(request):
-    """Tests of the one kernel run where it does."""
-    target = request.node.callspec.params.get("target") if hasattr(request.node, "callspec") else None
-    if target is None or (target.backend, target.device) != ("cuda", "cuda"):
-        return
-    reason = availability("cuda") or cuda_products.unsupported(torch.device("cuda", 0), BF16, True)
-    if reason is not None:
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("cuda_targets_on_hopper")
 
 
 def naive(qkv: Tensor, *weights: Tensor) -> Tensor:
-    """A softmax over all scores; outside fp64 PyTorch's own attention, which the library calls where it has no kernel."""
+    """A softmax over all scores; outside fp64 PyTorch's own attention, as the library where it has no kernel."""
     q, k, v = qkv.unbind(2)
     if weights:
         q = F.layer_norm(q, q.shape[-1:], weights[0].to(q.dtype), weights[1].to(q.dtype), 1e-6)
         k = F.layer_norm(k, k.shape[-1:], weights[2].to(q.dtype), weights[3].to(q.dtype), 1e-6)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.dtype != FP64 and q.numel():  # which cannot take nothing
+    if q.dtype != FP64 and q.numel():  # it cannot take nothing
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
 

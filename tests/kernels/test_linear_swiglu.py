@@ -1,9 +1,11 @@
 """linear_swiglu: product and activation in one op, against plain PyTorch, on every backend."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_moe_kernels import BackendUnavailableError, availability, backends, linear_swiglu, reference, swiglu
+from dit_moe_kernels import BackendUnavailableError, backends, linear_swiglu, reference, swiglu
 from dit_moe_kernels.cuda_impl import grouped_gemm as cuda_kernels
 from dit_moe_kernels.cuda_impl import swiglu as cuda_activation
 from torch import Tensor
@@ -29,17 +31,24 @@ SHAPES = [(37, 72, 48), (5, 33, 21), (1, 8, 8), (0, 40, 48), (300, 64, 136)]
 # The shared experts of the paper's models: D, F = 2 D.
 WIDTHS = {"S": (384, 768), "B": (768, 1536), "XL": (1152, 2304), "G": (1408, 2816)}
 ON_HOPPER = gpu_targets("cuda", dtypes=[BF16, FP16])
+pytestmark = pytest.mark.usefixtures("cuda_targets_on_hopper")
 
 
-@pytest.fixture(autouse=True)
-def _hopper(request):
-    """Tests of the fused kernel run where it does."""
-    target = request.node.callspec.params.get("target") if hasattr(request.node, "callspec") else None
-    if target is None or (target.backend, target.device) != ("cuda", "cuda"):
-        return
-    reason = availability("cuda") or cuda_kernels.unsupported(torch.device("cuda", 0), BF16, True)
-    if reason is not None:
-        pytest.skip(reason)
+@pytest.fixture
+def fused_from_the_first_row(monkeypatch):
+    """The fused kernel in small cases too, where it is not the faster way."""
+    monkeypatch.setattr(sys.modules["dit_moe_kernels.linear_swiglu"], "_FUSED_ROWS", 0)
+
+
+@pytest.mark.parametrize(("rows", "fused"), [(4095, False), (4096, True)])
+def test_few_rows_are_not_fused(monkeypatch, rows, fused):
+    """With stand-ins for both launches, on this machine's device; the op is not called for few rows."""
+    launched = []
+    monkeypatch.setattr(backends, "resolve", lambda *_, **__: "cuda")
+    monkeypatch.setattr(cuda_kernels, "launch", lambda op, *_: launched.append(op))
+    monkeypatch.setattr(cuda_activation, "launch", lambda op, *_: launched.append(op))
+    assert linear_swiglu(torch.zeros(rows, 8), torch.zeros(16, 8)).shape == (rows, 8)
+    assert launched == ["grouped_swiglu" if fused else "swiglu"]
 
 
 def naive(x: Tensor, w13: Tensor) -> Tensor:
@@ -70,14 +79,19 @@ def test_linear_swiglu(target, shape):
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] % 8 == s[2] % 8 == 0], ids=str)
 @pytest.mark.parametrize("target", ON_HOPPER)
-def test_fused_kernel(target, shape):
+def test_fused_kernel(target, shape, fused_from_the_first_row):
     check(target, *shape)
+
+
+@pytest.mark.parametrize("target", ON_HOPPER)
+def test_few_rows(target):
+    check(target, 300, 64, 136)
 
 
 @pytest.mark.parametrize("tokens", [1, 77, 4096])
 @pytest.mark.parametrize("model", WIDTHS)
 @pytest.mark.parametrize("target", ON_HOPPER)
-def test_shared_experts_of_the_models(target, model, tokens):
+def test_shared_experts_of_the_models(target, model, tokens, fused_from_the_first_row):
     check(target, tokens, *WIDTHS[model])
 
 
@@ -98,7 +112,7 @@ def test_strides_do_not_matter(target):
 
 
 @pytest.mark.parametrize("target", ON_HOPPER)
-def test_fused_kernel_with_views(target):
+def test_fused_kernel_with_views(target, fused_from_the_first_row):
     """Inputs with gaps, and inputs that start at no multiple of 16 bytes."""
     inputs, _ = make_inputs(target, 77, 72, 48)
     expected = linear_swiglu(*inputs, backend="cuda")
@@ -203,10 +217,6 @@ def test_policy(monkeypatch, missing, capability, expected):
         cached.cache_clear()
     try:
         assert backends.resolve("auto", "linear_swiglu", "cpu", BF16) == expected
-        apart = "reference" if "triton" in missing else "triton"
-        assert backends.resolve("auto", "linear_swiglu", "cpu", BF16, few_rows=True) == apart
-        if expected == "cuda":
-            assert backends.resolve("cuda", "linear_swiglu", "cpu", BF16, few_rows=True) == "cuda"
         if expected != "cuda":
             with pytest.raises(BackendUnavailableError, match=f"'cuda'.*{'missing' if missing else 'capability'}"):
                 backends.resolve("cuda", "linear_swiglu", "cpu", BF16)
@@ -223,9 +233,9 @@ def test_policy(monkeypatch, missing, capability, expected):
 
 @pytest.mark.parametrize("target", ON_HOPPER)
 def test_auto_takes_the_fused_kernel(target):
-    """Also compiled; and other dtypes and widths, and few rows, fall back to the product and the activation apart."""
+    """Also compiled; other dtypes and widths, and few rows, fall back to the product and the activation apart."""
     (x, w13), _ = make_inputs(target, 300, 384, 768)
-    assert torch.equal(linear_swiglu(x, w13), swiglu(F.linear(x, w13), backend="triton"))
+    assert torch.equal(linear_swiglu(x, w13), swiglu(F.linear(x, w13), backend="cuda"))
     inputs, grad = make_inputs(target, 4096, 384, 768)
     expected = evaluate(lambda *t: linear_swiglu(*t, backend="cuda"), inputs, grad)
     assert all(torch.equal(a, b) for a, b in zip(evaluate(linear_swiglu, inputs, grad), expected, strict=True))
@@ -240,7 +250,7 @@ def test_auto_takes_the_fused_kernel(target):
 
 
 @pytest.mark.parametrize("target", ON_HOPPER)
-def test_a_graph_on_a_side_stream_follows_its_inputs(target):
+def test_a_graph_on_a_side_stream_follows_its_inputs(target, fused_from_the_first_row):
     """Forward and backward, captured once without a host sync; late inputs show a kernel on the wrong stream."""
     (inputs, grad), (other, _) = (make_inputs(target, 300, 192, 256) for _ in range(2))
 
@@ -280,7 +290,7 @@ def test_without_gradients_only_the_result_is_allocated(target):
 
 
 @pytest.mark.parametrize("target", ON_HOPPER)
-def test_pre_activations_of_any_size(target):
+def test_pre_activations_of_any_size(target, fused_from_the_first_row):
     """SiLU's tails: gates from where the sigmoid is 0 to where it is 1."""
     gates = torch.linspace(-1000.0, 1000.0, 256, device=target.device).to(target.dtype)
     x = torch.zeros(130, 8, device=target.device, dtype=target.dtype)
