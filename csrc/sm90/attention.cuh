@@ -121,7 +121,7 @@ class AttentionBlock {
 
   // group: which 64 of 128 queries.
   __device__ __forceinline__ void attend(int group) const {
-    const float scale = rsqrtf(static_cast<float>(C::kWidth)) * 1.4426950408889634f;  // powers of two, not of e
+    const float scale = rsqrtf(static_cast<float>(C::kWidth)) * kLog2E;  // for powers of two, not of e
     Ring<C::kQuerySlots> queries;
     Ring<C::kKeySlots> keys;
     for (int item = blockIdx.x; item < items_; item += gridDim.x) {

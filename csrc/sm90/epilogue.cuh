@@ -38,24 +38,14 @@ __device__ __forceinline__ float2 widen_pair(uint32_t bits) {
 }
 
 // 1 / (1 + exp(-x)) within a few units of fp32's last place; x = -inf gives 0, inf gives 1.
-__device__ __forceinline__ float sigmoid(float x) {
-  constexpr float log2_e = 1.44269504f;
-  float power, result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-log2_e * x));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
-  return result;
-}
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + power_of_two(-kLog2E * x)); }
 
 // The same of two numbers for one reciprocal, because special functions are the scarcest here: 1 / a = b / (a b). From
 // x = -43.7 down the result stays at 2^-63, so that a b is finite.
 __device__ __forceinline__ float2 sigmoid_pair(float2 x) {
-  constexpr float log2_e = 1.44269504f;
-  float a, b, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(a) : "f"(fminf(-log2_e * x.x, 63.0f)));
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(b) : "f"(fminf(-log2_e * x.y, 63.0f)));
-  a += 1.0f;
-  b += 1.0f;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(a * b));
+  const float a = 1.0f + power_of_two(fminf(-kLog2E * x.x, 63.0f));
+  const float b = 1.0f + power_of_two(fminf(-kLog2E * x.y, 63.0f));
+  const float inverse = reciprocal(a * b);
   return {inverse * b, inverse * a};
 }
 
