@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
 from . import backends, checks, reference
 from .library import define_op
+
+_kernels = functools.partial(backends.kernels, module="swiglu")
 
 
 def swiglu(h: Tensor, *, backend: str = "auto") -> Tensor:
@@ -27,14 +30,8 @@ def swiglu(h: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def _forward_impl(h: Tensor, backend: str) -> Tensor:
-    if backend == "cuda":
-        from .cuda_impl import swiglu as cuda_kernels
-
-        return cuda_kernels.swiglu(h.contiguous())
-    if backend == "triton":
-        from .triton_impl import swiglu as kernels
-
-        return kernels.swiglu(h.contiguous())
+    if backend != "reference":
+        return _kernels(backend).swiglu(h.contiguous())
     return reference.swiglu(h)
 
 
@@ -57,14 +54,8 @@ _swiglu = define_op(
 
 
 def _backward_impl(grad: Tensor, h: Tensor, backend: str) -> Tensor:
-    if backend == "cuda":
-        from .cuda_impl import swiglu as cuda_kernels
-
-        return cuda_kernels.swiglu_backward(grad.contiguous(), h.contiguous())
-    if backend == "triton":
-        from .triton_impl import swiglu as kernels
-
-        return kernels.swiglu_backward(grad.contiguous(), h.contiguous())
+    if backend != "reference":
+        return _kernels(backend).swiglu_backward(grad.contiguous(), h.contiguous())
     return reference.swiglu_backward(grad, h)
 
 

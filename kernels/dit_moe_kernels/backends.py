@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,12 +37,8 @@ _PREFERENCE = {
     "updates": ("triton", "reference"),
 }
 _MAX_EXPERTS = {"router": 64, "routing": 512}  # of the CUDA kernels
-_PRODUCTS = (
-    "grouped_gemm",
-    "linear_swiglu",
-    "attention",
-    "expert_ffn",
-)  # families whose CUDA kernels ask for more than the others'
+# Families whose CUDA kernels ask for more than the others'.
+_PRODUCTS = ("grouped_gemm", "linear_swiglu", "attention", "expert_ffn")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()  # .backend: what use_backend() set on this thread
 
@@ -143,6 +141,12 @@ def resolve(
 def companion(backend: str, family: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend of an op that another op's backward takes: that of its forward if it implements it, else the best."""
     return backend if backend in _PREFERENCE[family] else _choose(_Inputs(family, device, dtype))
+
+
+@functools.cache
+def kernels(backend: str, module: str) -> ModuleType:
+    """The module of this name in cuda_impl or triton_impl, for ops whose launches are the same there; imported now."""
+    return importlib.import_module(f".{backend}_impl.{module}", __package__)
 
 
 def whole_chunks(dtype: torch.dtype, *widths: int) -> bool:

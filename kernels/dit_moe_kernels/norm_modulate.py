@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor
 from . import backends, checks, reference_norm
 from .cuda_impl.norm_modulate import unsupported
 from .library import define_op
+
+_kernels = functools.partial(backends.kernels, module="norm_modulate")
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -85,16 +86,6 @@ def _settle(backend: str, x: Tensor, *others: Tensor) -> tuple[torch.dtype, str]
 def _rows(vectors: Tensor) -> Tensor:
     """Vectors whose elements are neighbours, as the kernels want them."""
     return vectors if vectors.stride(1) == 1 else vectors.contiguous()
-
-
-def _kernels(backend: str) -> ModuleType:
-    if backend == "cuda":
-        from .cuda_impl import norm_modulate as cuda_kernels
-
-        return cuda_kernels
-    from .triton_impl import norm_modulate as kernels
-
-    return kernels
 
 
 # ---- norm_modulate

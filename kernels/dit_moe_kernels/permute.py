@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from . import backends, checks, reference
 from .library import define_op
 from .routing import RoutingPlan
+
+_kernels = functools.partial(backends.kernels, module="permute")
 
 
 def permute(x: Tensor, plan: RoutingPlan, *, backend: str = "auto") -> Tensor:
@@ -74,17 +77,6 @@ def check_topk_weights(topk_weights: Tensor, like: Tensor, plan: RoutingPlan) ->
         raise TypeError(f"topk_weights: got dtype {topk_weights.dtype}, expected {expected} beside {like.dtype} inputs")
 
 
-def _implementation(backend: str) -> Any:
-    """The module with permute, unpermute and unpermute_backward for a backend."""
-    if backend == "triton":
-        from .triton_impl import permute as triton_permute
-
-        return triton_permute
-    from .cuda_impl import permute as cuda_permute
-
-    return cuda_permute
-
-
 # ---- permute
 
 
@@ -93,7 +85,7 @@ def _permute_impl(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: in
         return reference.permute(x, row_to_slot, top_k)
     # Triton's goes by rows, CUDA's by tokens.
     maps = (row_to_slot,) if backend == "triton" else (row_to_slot, slot_to_row)
-    return _implementation(backend).permute(x.contiguous(), *maps, top_k)
+    return _kernels(backend).permute(x.contiguous(), *maps, top_k)
 
 
 def _permute_fake(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
@@ -125,7 +117,7 @@ def _unpermute_impl(
 ) -> Tensor:
     if backend == "reference":
         return reference.unpermute(y, None, slot_to_row, top_k, addend)
-    return _implementation(backend).unpermute(y.contiguous(), None, slot_to_row, top_k, _contiguous(addend))
+    return _kernels(backend).unpermute(y.contiguous(), None, slot_to_row, top_k, _contiguous(addend))
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -164,7 +156,7 @@ def _weighted_impl(
     if backend == "reference":
         return reference.unpermute(y, topk_weights, slot_to_row, top_k, addend)
     y, topk_weights, addend = y.contiguous(), topk_weights.contiguous(), _contiguous(addend)
-    return _implementation(backend).unpermute(y, topk_weights, slot_to_row, top_k, addend)
+    return _kernels(backend).unpermute(y, topk_weights, slot_to_row, top_k, addend)
 
 
 def _weighted_fake(y: Tensor, topk_weights: Tensor, *_: Any) -> Tensor:
@@ -198,7 +190,7 @@ def _weighted_backward_impl(
 ) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return reference.unpermute_backward(grad, y, topk_weights, row_to_slot)
-    return _implementation(backend).unpermute_backward(
+    return _kernels(backend).unpermute_backward(
         grad.contiguous(), y.contiguous(), topk_weights.contiguous(), row_to_slot
     )
 

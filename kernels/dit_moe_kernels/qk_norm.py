@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from . import backends, checks, reference_norm
 from .cuda_impl.qk_norm import fitting_width, unsupported
 from .library import define_op
+
+_kernels = functools.partial(backends.kernels, module="qk_norm")
 
 
 def qk_norm(
@@ -58,16 +60,6 @@ def qk_norm(
 def _tokens(x: Tensor) -> Tensor:
     """(B, N, H, d) -> (T, H, d) with neighbouring columns: a view wherever strides allow it."""
     return (x if x.stride(3) == 1 else x.contiguous()).flatten(0, 1)
-
-
-def _kernels(backend: str) -> ModuleType:
-    if backend == "cuda":
-        from .cuda_impl import qk_norm as cuda_kernels
-
-        return cuda_kernels
-    from .triton_impl import qk_norm as kernels
-
-    return kernels
 
 
 def _forward_impl(
