@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import backends, checks, reference_norm
+from .cuda_impl.attention import TOKENS, WIDTHS
+from .cuda_impl.grouped_gemm import DTYPES
+from .cuda_impl.qk_norm import unsupported
 from .library import define_op
-from .qk_norm import qk_norm
-
-FUSED_WIDTHS = (64, 72, 88)  # of a head, as the CUDA kernel is compiled for
-FUSED_TOKENS = 128  # of which it takes multiples
+from .qk_norm import check_weights, dtypes_of, qk_norm
 
 
 def self_attention(
@@ -42,14 +42,10 @@ def self_attention(
     checks.check_float("qkv", qkv, 5)
     checks.check_shape("qkv", qkv, (*qkv.shape[:2], 3, *qkv.shape[3:]))
     if norm is not None and _fits(qkv, norm):
-        q_weight, q_bias, k_weight, k_bias = norm
-        for name, weight in zip(("q_weight", "q_bias", "k_weight", "k_bias"), norm, strict=True):
-            checks.check_float(name, weight, 1)
-            checks.check_same_device(name, weight, "qkv", qkv)
-            checks.check_shape(name, weight, (qkv.shape[4],))
+        check_weights(norm, "qkv", qkv)
         name = backends.resolve(backend, "attention", qkv.device, qkv.dtype)
         if name == "cuda":
-            return _qk_norm_attention(qkv, q_weight, q_bias, k_weight, k_bias, eps, name).flatten(2)
+            return _qk_norm_attention(qkv, *norm, eps, name).flatten(2)
     q_BNHd, k_BNHd, v_BNHd = qkv.unbind(2)
     if norm is not None:
         q_BNHd, k_BNHd = qk_norm(q_BNHd, k_BNHd, *norm, eps, backend=backend)
@@ -63,16 +59,11 @@ def self_attention(
 
 def _fits(qkv: Tensor, norm: tuple[Tensor, ...]) -> bool:
     """Whether the one kernel could take these inputs, and no gradient is wanted."""
-    weight_dtypes = {weight.dtype for weight in norm}
-    return (
-        not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, *norm)))
-        and checks.autocast_dtype(qkv) == qkv.dtype
-        and qkv.dtype in (torch.float16, torch.bfloat16)
-        and len(weight_dtypes) == 1
-        and weight_dtypes <= {qkv.dtype, torch.float32}
-        and qkv.shape[1] % FUSED_TOKENS == 0
-        and qkv.shape[4] in FUSED_WIDTHS
-    )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, *norm)):
+        return False
+    if qkv.dtype not in DTYPES or qkv.shape[1] % TOKENS != 0 or qkv.shape[4] not in WIDTHS:
+        return False
+    return unsupported(qkv.dtype, dtypes_of(norm), checks.autocast_dtype(qkv), True) is None  # as qk_norm's own kernel
 
 
 def _pytorchs_kernels(q: Tensor) -> AbstractContextManager:

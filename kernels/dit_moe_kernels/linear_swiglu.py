@@ -45,9 +45,10 @@ def linear_swiglu(x: Tensor, w13: Tensor, *, backend: str = "auto") -> Tensor:
     save_h = torch.is_grad_enabled() and (x.requires_grad or w13.requires_grad)
     fits = backends.whole_chunks(dtype, w13.shape[1], w13.shape[0] // 2)
     name = backends.resolve(backend, "linear_swiglu", x.device, dtype, whole_chunks=fits)
+    x, w13 = x.to(dtype), w13.to(dtype)
     if name == "cuda" and x.shape[0] < _FUSED_ROWS:
-        return swiglu(F.linear(x.to(dtype), w13.to(dtype)), backend=name)
-    return _linear_swiglu(x.to(dtype), w13.to(dtype), save_h, name)[0]
+        return swiglu(F.linear(x, w13), backend=name)
+    return _linear_swiglu(x, w13, save_h, name)[0]
 
 
 def _forward_impl(x: Tensor, w13: Tensor, save_h: bool, backend: str) -> tuple[Tensor, Tensor]:

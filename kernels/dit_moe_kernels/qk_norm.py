@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,19 +43,27 @@ def qk_norm(
     checks.check_float("k", k, 4)
     checks.check_like("k", k, "q", q)
     checks.check_shape("k", k, tuple(q.shape))
-    weights = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
-    for name, weight in weights.items():
-        checks.check_float(name, weight, 1)
-        checks.check_same_device(name, weight, "q", q)
-        checks.check_shape(name, weight, (q.shape[3],))
+    weights = q_weight, q_bias, k_weight, k_bias
+    check_weights(weights, "q", q)
     dtype = checks.autocast_dtype(q)
-    refusal = unsupported(
-        q.dtype, tuple([weight.dtype for weight in weights.values()]), dtype, fitting_width(q.shape[3])
-    )
+    refusal = unsupported(q.dtype, dtypes_of(weights), dtype, fitting_width(q.shape[3]))
     backend = backends.resolve(backend, "norm", q.device.type, q.dtype, refusal=refusal)
     if backend == "reference":  # as plain operations, which torch.compile may fuse
         return reference_norm.qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, eps, dtype)
     return _qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, eps, dtype, backend)
+
+
+def check_weights(weights: Sequence[Tensor], name: str, heads: Tensor) -> None:
+    """What `qk_norm` asks of q_weight, q_bias, k_weight and k_bias beside heads (..., d) of this name."""
+    for weight_name, weight in zip(("q_weight", "q_bias", "k_weight", "k_bias"), weights, strict=True):
+        checks.check_float(weight_name, weight, 1)
+        checks.check_same_device(weight_name, weight, name, heads)
+        checks.check_shape(weight_name, weight, (heads.shape[-1],))
+
+
+def dtypes_of(weights: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    """As a tuple that Dynamo knows to be constant."""
+    return tuple([weight.dtype for weight in weights])
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from .launch import aligned, launch
 
+WIDTHS = (64, 72, 88)  # of a head, as the kernel is compiled for
+TOKENS = 128  # of which it takes multiples
+
 
 def qk_norm_attention(qkv_BN3Hd: Tensor, weights: list[Tensor], eps: float) -> Tensor:
     """qkv in fp16 or bf16, contiguous, and two weights and biases (d,) in its dtype or fp32 -> (B, N, H, d)."""

@@ -5,8 +5,6 @@ Tokens (B, N, D) are contiguous, and so is each image's vector in (B, D), of wha
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -23,15 +21,6 @@ def unsupported(stream: torch.dtype, others: tuple[torch.dtype, ...]) -> str | N
         stream: of x, and of x + gate * y.
         others: of the branch, of the images' vectors and of the modulated output.
     """
-    return _unsupported(stream, others)
-
-
-# As in backends.py: Dynamo need not trace what depends on dtypes alone.
-unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _unsupported(stream: torch.dtype, others: tuple[torch.dtype, ...]) -> str | None:
     branch, *more = set(others)
     if not more and (branch == stream or (stream == torch.float32 and branch.itemsize == 2)):
         return None
@@ -39,6 +28,10 @@ def _unsupported(stream: torch.dtype, others: tuple[torch.dtype, ...]) -> str | 
         f"got a stream in {stream} among {sorted(map(str, set(others)))}, expected one dtype throughout, or an fp32 "
         "stream and one dtype of 16 bits for all else"
     )
+
+
+# As in backends.py: Dynamo need not trace what depends on dtypes alone.
+unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def norm_modulate(
