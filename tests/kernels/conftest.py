@@ -36,7 +36,7 @@ def cuda_targets_on_hopper(request: pytest.FixtureRequest) -> None:
     target = request.node.callspec.params.get("target") if hasattr(request.node, "callspec") else None
     if target is None or (target.backend, target.device) != ("cuda", "cuda"):
         return
-    reason = availability("cuda") or grouped_gemm.unsupported(torch.device("cuda", 0), torch.bfloat16, True)
+    reason = availability("cuda") or grouped_gemm.unsupported(torch.device("cuda", 0), target.dtype, True)
     if reason is not None:
         pytest.skip(reason)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dit_moe_kernels import availability, expert_ffn, route, routed_ffn
+from dit_moe_kernels import expert_ffn, route, routed_ffn
 from dit_moe_kernels.cuda_impl import routed_ffn as implementation
 
 from dit_moe import MoEFeedForward
@@ -26,18 +26,7 @@ MODEL_CASES = [
     Case("G_T4096", 4096, 16, 2, 1408, 5632),
 ]
 TARGETS = targets("triton", "cuda")
-
-
-@pytest.fixture(autouse=True)
-def _hopper(request):
-    """The CUDA products run on Hopper, in fp16 and bf16."""
-    target = getattr(request.node, "callspec", None) and request.node.callspec.params.get("target")
-    if target is None or target.backend != "cuda" or request.node.get_closest_marker("skip"):
-        return
-    if (reason := availability("cuda")) is not None:
-        pytest.skip(reason)
-    if torch.cuda.get_device_capability() != (9, 0) or target.dtype not in (BF16, FP16):
-        pytest.skip("the CUDA products run on Hopper, in fp16 and bf16")
+pytestmark = pytest.mark.usefixtures("cuda_targets_on_hopper")
 
 
 def layer_inputs(target, case: Case):
