@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from dit_moe_kernels import current_backend, use_backend
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,8 +18,17 @@ class _Recomputed:
         plain = super().forward  # type: ignore[misc]
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
+        # The backward pass of a GPU has a thread of its own, where use_backend() of this one does not hold.
+        backend = current_backend()
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), use_backend(backend)
+
         # Nothing random happens in a block, and reading the generator's state would wait for the device.
-        return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if not torch.compiler.is_compiling():
+            options["context_fn"] = contexts
+        return checkpoint(plain, *args, **options, **kwargs)
 
 
 def recompute(blocks: nn.ModuleList, count: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from dit_moe_kernels import current_backend, use_backend
 from torch import Tensor
 
 from dit_moe import DiT
@@ -233,6 +235,19 @@ def test_recomputation_keeps_less() -> None:
             run.train_step()
         kept.append(sum(sizes.values()))
     assert kept[0] > 1.3 * kept[1] > 1.5 * kept[2]
+
+
+def test_recomputation_runs_on_the_backend_of_its_forward() -> None:
+    """A GPU's backward pass has a thread of its own, where a use_backend() around the step does not hold."""
+    run = trainer(replace(SETTINGS, recompute_blocks=1))
+    seen: list[str] = []
+    run.model.blocks[-1].moe.register_forward_pre_hook(lambda module, args: seen.append(current_backend()))
+    with use_backend("reference"):
+        loss = run.model(torch.randn(2, 1, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.long)).sum()
+    backward = threading.Thread(target=loss.backward)
+    backward.start()
+    backward.join()
+    assert seen == ["reference", "reference"]
 
 
 def test_recomputation_checks_and_ends() -> None:
