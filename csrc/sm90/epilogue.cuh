@@ -40,27 +40,12 @@ __device__ __forceinline__ float2 widen_pair(uint32_t bits) {
 // 1 / (1 + exp(-x)) within a few units of fp32's last place; x = -inf gives 0, inf gives 1.
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + power_of_two(-kLog2E * x)); }
 
-// The same of two numbers for one reciprocal, because special functions are the scarcest here: 1 / a = b / (a b). From
-// x = -43.7 down the result stays at 2^-63, so that a b is finite.
-__device__ __forceinline__ float2 sigmoid_pair(float2 x) {
-  const float a = 1.0f + power_of_two(fminf(-kLog2E * x.x, 63.0f));
-  const float b = 1.0f + power_of_two(fminf(-kLog2E * x.y, 63.0f));
-  const float inverse = reciprocal(a * b);
-  return {inverse * b, inverse * a};
-}
-
 // silu(gate) * up of two columns, from packed pairs.
 template <typename Element>
 __device__ __forceinline__ uint32_t swiglu_pair(uint32_t gate_bits, uint32_t up_bits) {
   const float2 gate = widen_pair<Element>(gate_bits);
   const float2 up = widen_pair<Element>(up_bits);
-  float2 share;
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    share = sigmoid_pair(gate);
-  } else {
-    share = {sigmoid(gate.x), sigmoid(gate.y)};  // fp16 has no register left for the pair where h is kept
-  }
-  return round_pair<Element>(gate.x * share.x * up.x, gate.y * share.y * up.y);
+  return round_pair<Element>(gate.x * sigmoid(gate.x) * up.x, gate.y * sigmoid(gate.y) * up.y);
 }
 
 // Where this warp's 16 rows go.

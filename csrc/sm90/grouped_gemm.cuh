@@ -80,9 +80,10 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
 
  private:
   __device__ __forceinline__ TokenScheduler make_scheduler() const {
-    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
-    return TokenScheduler(arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n,
-                          arguments_.max_height, blockIdx.x / kCluster, gridDim.x / kCluster);
+    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / kCluster;
+    return TokenScheduler(
+        arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, arguments_.max_height,
+        first_tile(blockIdx.x / kCluster, clusters, arguments_.rows, arguments_.num_experts), clusters);
   }
 
   // The weights of both warpgroups; shared, each block copies those of one for both blocks.

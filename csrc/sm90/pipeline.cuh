@@ -1,9 +1,10 @@
 // What the grouped products have in common: a block is one producer warpgroup, which fills a ring of shared-memory
 // stages, and two consumer warpgroups, which multiply 64 rows (or, with the tokens along the instruction's columns, 64
 // columns) of a tile each and store their results. Blocks stay and stride over the output tiles; while the consumers
-// store one tile, the producer already loads the next. Where much is to be done with a result, the consumers hand it
-// over in shared memory to a finishing warpgroup, and multiply on. Two blocks may form a cluster, in which each fetches
-// half of an operand for both.
+// store one tile, the producer already loads the next. Where there is something to be done with a result, the consumers
+// do it beside the products of the next tile; where there is much, they hand the result over in shared memory to a
+// finishing warpgroup, and multiply on. Two blocks may form a cluster, in which each fetches half of an operand for
+// both.
 #pragma once
 
 #include "epilogue.cuh"
@@ -28,11 +29,12 @@ struct SharedLayout {
   static constexpr int kWarpStagingBytes = kStagingBytes_;
   static constexpr int kBarriers = 2 * (kMaxStages + kConsumerWarps);
   // With room to align the base.
-  static constexpr int kOtherBytes = kConsumerWarps * kWarpStagingBytes + kBarriers * 8 + 1024;
+  static constexpr int kOtherBytes = kConsumerWarps * kWarpStagingBytes + kBarriers * 8 + 4 + 1024;
   static constexpr int kFitting = (kMaxSharedBytes - kOtherBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static constexpr int kStagingAt = kStages * kStageBytes;
   static constexpr int kBarriersAt = kStagingAt + kConsumerWarps * kWarpStagingBytes;
+  static constexpr int kZeroAt = kBarriersAt + kBarriers * 8;  // four bytes
   static constexpr int kDynamicBytes = kStages * kStageBytes + kOtherBytes;
 };
 
@@ -70,6 +72,7 @@ class Pipeline {
       barrier_init(taken(warp), 1);
     }
     barrier_init_fence();
+    store_shared(shared_ + L::kZeroAt, 0u);
   }
 
  protected:
@@ -88,6 +91,9 @@ class Pipeline {
     return shared_ + L::kStagingAt + warp * L::kWarpStagingBytes;
   }
   __device__ __forceinline__ uint32_t group_staging(int group) const { return staging(group * kConsumerWarps / 2); }
+  // A zero that is not known before this place. What is computed with it cannot be moved in front of products that were
+  // started before, where the compiler would like to have it, and these would wait.
+  __device__ __forceinline__ uint32_t zero_from_here() const { return load_shared_word(shared_ + L::kZeroAt); }
   // Asked of the hardware where it is needed: consumers have no register to keep it in.
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? static_cast<int>(cluster_rank()) : 0; }
 
@@ -102,28 +108,45 @@ class Pipeline {
     }
   }
 
-  // A consumer's part: multiply(stage, step) starts the products of a K step, prepare(step) comes before each. The
-  // first consumer leads the second by `lead` steps (0: not from here on), so that their epilogues do not coincide.
-  template <int kCount, typename Multiply, typename Prepare>
+  // A consumer's part: multiply(stage, step) starts the products of a K step, prepare(step) comes before each, and the
+  // calls beside(0) to beside(kPieces - 1) come beside the products of the first steps. The first consumer leads the
+  // second by `lead` steps (0: not from here on), so that what they do between two tiles does not coincide.
+  template <int kPieces, int kCount, typename Multiply, typename Prepare, typename Beside>
   __device__ __forceinline__ void drain(StageRing& ring, int steps, int group, int lead, float (&accumulators)[kCount],
-                                        const Multiply& multiply, const Prepare& prepare) const {
+                                        const Multiply& multiply, const Prepare& prepare, const Beside& beside) const {
     if (group == 1 && lead > 0) named_barrier_wait();
     int previous = 0;
-    for (int step = 0; step < steps; ++step) {
+    const auto advance = [&](int step, const auto& work) {
       prepare(step);
       barrier_wait(full(ring.stage), ring.phase);
       mma_fence();
       multiply(ring.stage, step);
       mma_commit();
+      work();
       mma_wait<1>();
       if (step > 0) release(previous);
       previous = ring.stage;
       ring.advance();
       if (group == 0 && step + 1 == lead) named_barrier_arrive();
+    };
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (piece < steps) advance(piece, [&] { beside(piece); });
+    }
+    for (int step = kPieces; step < steps; ++step) advance(step, [] {});
+#pragma unroll
+    for (int piece = 1; piece < kPieces; ++piece) {
+      if (piece >= steps) beside(piece);
     }
     mma_wait<0>();
     pin(accumulators);
     release(previous);
+  }
+
+  template <int kCount, typename Multiply, typename Prepare>
+  __device__ __forceinline__ void drain(StageRing& ring, int steps, int group, int lead, float (&accumulators)[kCount],
+                                        const Multiply& multiply, const Prepare& prepare) const {
+    drain<0>(ring, steps, group, lead, accumulators, multiply, prepare, [](int) {});
   }
 
  private:

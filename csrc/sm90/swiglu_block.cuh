@@ -39,8 +39,10 @@ struct SwiGLUConfig {
   static constexpr int kBoxBytes = kBoxRows * kSwizzleBytes;
   static constexpr int kBytesB = kBoxes * kBoxBytes;
   using Layout = SharedLayout<kBytesA, kBytesB, kFinishes ? kSegments * kStagingBytes : kStagingBytes>;
-  // K steps by which the first consumer leads the second, so that long epilogues do not coincide.
-  static constexpr int kStagger = kPaired ? 2 : 0;
+  // K steps by which the first consumer leads the second.
+  static constexpr int kStagger = 2;
+  // In which a tile is stored, 64 columns of out, or of h's gate or up columns, each.
+  static constexpr int kPieces = kColumns / kStagingColumns * (kEpilogue == Epilogue::kSwiGLUKeep ? 3 : 1);
   // Row tiles (pairs of them in clusters) that sweep the columns together.
   static constexpr int kGroupM = kPaired ? 16 : 8;
 
@@ -95,23 +97,10 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   }
 
   __device__ __forceinline__ void consume(int group) const {
-    float accumulators[C::kTileN / 2];
-    Scheduler scheduler = make_scheduler();
-    typename Base::StageRing ring;
-    Tile tile;
-    int lead = C::kStagger < steps_ ? C::kStagger : steps_;
-    uint32_t phase = 0;
-    while (scheduler.next(rank(), tile)) {
-      this->drain(
-          ring, steps_, group, lead, accumulators,
-          [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {});
-      lead = 0;
-      if constexpr (kFinishes) {
-        hand_over(group, phase, accumulators);
-        phase ^= 1;
-      } else {
-        store(tile, group, accumulators);
-      }
+    if constexpr (kFinishes) {
+      multiply_and_hand_over(group);
+    } else {
+      multiply_and_store(group);
     }
   }
 
@@ -162,10 +151,58 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   }
 
  private:
+  // A tile is stored, piece by piece, beside the products of the next.
+  __device__ __forceinline__ void multiply_and_store(int group) const {
+    float accumulators[C::kTileN / 2];
+    uint32_t pairs[C::kTileN / 4] = {};  // of the tile before: SwiGLU computes from what a backward reads
+    Scheduler scheduler = make_scheduler();
+    typename Base::StageRing ring;
+    Tile tile, before;
+    before.row = before.end = before.column = 0;
+    bool more = scheduler.next(rank(), tile);
+    int lead = C::kStagger < steps_ ? C::kStagger : steps_;
+    while (more) {
+      this->template drain<C::kPieces + 1>(
+          ring, steps_, group, lead, accumulators,
+          [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {},
+          [&](int piece) {
+            if (piece < C::kPieces) {
+              store(before, group, piece, pairs);
+            } else {
+              before = tile;
+              more = scheduler.next(rank(), tile);
+            }
+          });
+      lead = 0;
+#pragma unroll
+      for (int i = 0; i < C::kTileN / 4; ++i) {
+        pairs[i] = round_pair<Element>(accumulators[2 * i], accumulators[2 * i + 1]);
+      }
+      pin(pairs);
+    }
+#pragma unroll
+    for (int piece = 0; piece < C::kPieces; ++piece) store(before, group, piece, pairs);
+  }
+
+  __device__ __forceinline__ void multiply_and_hand_over(int group) const {
+    float accumulators[C::kTileN / 2];
+    Scheduler scheduler = make_scheduler();
+    typename Base::StageRing ring;
+    Tile tile;
+    uint32_t phase = 0;
+    while (scheduler.next(rank(), tile)) {
+      this->drain(
+          ring, steps_, group, 0, accumulators,
+          [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {});
+      hand_over(group, phase, accumulators);
+      phase ^= 1;
+    }
+  }
+
   __device__ __forceinline__ Scheduler make_scheduler() const {
-    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
+    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / C::kCluster;
     return Scheduler(arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, C::kGroupM,
-                     blockIdx.x / C::kCluster, gridDim.x / C::kCluster);
+                     first_tile(blockIdx.x / C::kCluster, clusters, arguments_.rows, arguments_.num_experts), clusters);
   }
 
   // Shared, each block copies one box for both.
@@ -225,27 +262,31 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     if (threadIdx.x % 32 == 0) barrier_arrive(handed_over(warp));
   }
 
-  __device__ __forceinline__ void store(const Tile& tile, int group, const float (&acc)[C::kTileN / 2]) const {
-    const int warp = group * 4 + threadIdx.x / 32 % 4;
-    const uint32_t buffer = staging(warp);
-    const int row = tile.row + warp * kWarpRows;
-    const int64_t width = arguments_.width;
-    const RowBlock<Element> out{static_cast<Element*>(arguments_.out) + row * width, width, tile.end - row};
-    const int first_column = tile.column * C::kColumns;
-    // Rounded at once: SwiGLU computes from what a backward reads, and half of the registers are free again.
-    uint32_t pairs[C::kTileN / 4];
-#pragma unroll
-    for (int i = 0; i < C::kTileN / 4; ++i) pairs[i] = round_pair<Element>(acc[2 * i], acc[2 * i + 1]);
-    pin(pairs);
+  // pairs: of the tile, packed accumulators.
+  __device__ __forceinline__ void store(const Tile& tile, int group, int piece,
+                                        const uint32_t (&pairs)[C::kTileN / 4]) const {
+    constexpr int segments = C::kColumns / kStagingColumns;
     constexpr int half = C::kTileN / 8;  // pairs of a thread in the gate columns
-    if constexpr (C::kEpilogue == Epilogue::kSwiGLUKeep) {
-      Element* h = static_cast<Element*>(arguments_.h) + row * 2 * width;
-      const RowBlock<Element> gate{h, 2 * width, out.rows}, up{h + width, 2 * width, out.rows};
-      store_tile<C::kColumns>(buffer, gate, first_column, arguments_.width, [&](int i) { return pairs[i]; });
-      store_tile<C::kColumns>(buffer, up, first_column, arguments_.width, [&](int i) { return pairs[half + i]; });
+    const int segment = piece % segments;
+    const int warp = group * 4 + threadIdx.x / 32 % 4;
+    const int row = tile.row + warp * kWarpRows, rows = tile.end - row;
+    const int column = tile.column * C::kColumns + segment * kStagingColumns;
+    const int64_t width = arguments_.width;
+    const auto gate = [&](int i, int q) { return pairs[segment * kStagingColumns / 4 + 4 * i + q]; };
+    const auto up = [&](int i, int q) { return pairs[half + segment * kStagingColumns / 4 + 4 * i + q]; };
+    const auto put = [&](Element* first, int64_t stride, const auto& fragment) {
+      const RowBlock<Element> block{first + row * stride, stride, rows};
+      store_columns<kStagingColumns>(staging(warp), block, column, arguments_.width, fragment);
+    };
+    if (piece < segments) {
+      const uint32_t zero = this->zero_from_here();
+      put(static_cast<Element*>(arguments_.out), width,
+          [&](int i, int q) { return swiglu_pair<Element>(gate(i, q) ^ zero, up(i, q)); });
+    } else if (piece < 2 * segments) {
+      put(static_cast<Element*>(arguments_.h), 2 * width, gate);
+    } else {
+      put(static_cast<Element*>(arguments_.h) + width, 2 * width, up);
     }
-    store_tile<C::kColumns>(buffer, out, first_column, arguments_.width,
-                            [&](int i) { return swiglu_pair<Element>(pairs[i], pairs[half + i]); });
   }
 
   static constexpr uint16_t kBoth = 3;

@@ -41,14 +41,14 @@ const char* failure(const Case& c) {
   const int num_experts = static_cast<int>(c.offsets.size()) - 1, rows = c.offsets.back();
   std::vector<int> visits(static_cast<size_t>(rows) * c.columns);
   for (int cluster = 0; cluster < c.clusters; ++cluster) {
-    TokenScheduler schedulers[2] = {
-        {c.offsets.data(), rows, num_experts, c.columns, c.max_height, cluster, c.clusters},
-        {c.offsets.data(), rows, num_experts, c.columns, c.max_height, cluster, c.clusters}};
+    const int first = first_tile(cluster, c.clusters, rows, num_experts);
+    TokenScheduler schedulers[2] = {{c.offsets.data(), rows, num_experts, c.columns, c.max_height, first, c.clusters},
+                                    {c.offsets.data(), rows, num_experts, c.columns, c.max_height, first, c.clusters}};
     TokenTile tiles[2];
     while (true) {
-      const bool first = schedulers[0].next(0, tiles[0]), second = schedulers[1].next(1, tiles[1]);
-      if (first != second) return "one block of a pair ends before the other";
-      if (!first) break;
+      const bool one = schedulers[0].next(0, tiles[0]), other = schedulers[1].next(1, tiles[1]);
+      if (one != other) return "one block of a pair ends before the other";
+      if (!one) break;
       if (!pair_agrees(tiles[0], tiles[1])) return "what a pair shares is not the same";
       for (const TokenTile& tile : tiles) {
         if (!tile_fits(c, tile)) return "a tile is out of place";
@@ -66,8 +66,8 @@ const char* failure_of_tiles(const Case& c) {
   const int num_experts = static_cast<int>(c.offsets.size()) - 1, rows = c.offsets.back();
   std::vector<int> visits(static_cast<size_t>(rows) * c.columns);
   for (int cluster = 0; cluster < c.clusters; ++cluster) {
-    const TileScheduler<kCluster> start(c.offsets.data(), rows, num_experts, c.columns, 1 + c.max_height / 64, cluster,
-                                        c.clusters);
+    const TileScheduler<kCluster> start(c.offsets.data(), rows, num_experts, c.columns, 1 + c.max_height / 64,
+                                        first_tile(cluster, c.clusters, rows, num_experts), c.clusters);
     std::vector<TileScheduler<kCluster>> schedulers(kCluster, start);
     Tile tiles[kCluster];
     while (true) {
@@ -100,7 +100,7 @@ int main() {
   std::mt19937 random(0);
   const auto below = [&](int bound) { return static_cast<int>(random() % bound); };
   for (int trial = 0; trial < 2000; ++trial) {
-    Case c{{0}, 1 + below(12), kHeightStep * (1 + below(16)), 1 + below(70)};
+    Case c{{0}, 1 + below(12), kHeightStep * (1 + below(16)), trial % 4 ? 1 + below(70) : 66};
     const int num_experts = 1 + below(9), most = trial % 2 ? 40 : 3000;
     for (int expert = 0; expert < num_experts; ++expert) {
       c.offsets.push_back(c.offsets.back() + (below(3) == 0 ? 0 : below(most)));

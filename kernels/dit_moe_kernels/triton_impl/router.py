@@ -24,7 +24,7 @@ def _router_logits_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
@@ -35,7 +35,10 @@ def _router_logits_kernel(
         x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * D + cols[None, :], mask=x_mask, other=0.0)
         gate_mask = (experts < NUM_EXPERTS)[:, None] & (cols < D)[None, :]
         gate = tl.load(gate_ptr + experts[:, None] * D + cols[None, :], mask=gate_mask, other=0.0)
-        acc = _dot_accumulate(x.to(tl.float32), gate.to(tl.float32).T, acc, PRECISION)
+        if EXACT:  # the fma keeps the sum out of the tensor core, see _dot_accumulate
+            acc = tl.fma(tl.dot(x, gate.T), tl.full(acc.shape, 1.0, tl.float32), acc)
+        else:
+            acc = _dot_accumulate(x.to(tl.float32), gate.to(tl.float32).T, acc, "tf32x3")
     mask = (tokens < T)[:, None] & (experts < NUM_EXPERTS)[None, :]
     tl.store(logits_ptr + tokens.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :], acc, mask=mask)
 
@@ -108,9 +111,15 @@ def _topk_softmax_backward_kernel(
 
 
 def router_logits(x: Tensor, gate: Tensor) -> Tensor:
-    """x (T, D), gate (E, D) -> (T, E) fp32."""
+    """x (T, D), gate (E, D) -> (T, E) fp32.
+
+    Scores keep fp32's digits whatever torch.set_float32_matmul_precision says, since a rounded one can change a choice:
+    fp32 as three tf32 products, 16 bits as they are, because their products are exact. The tensor core truncates where
+    fp32 additions round, so it adds up 32 columns of these at most.
+    """
     num_tokens, num_experts = x.shape[0], gate.shape[0]
     logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    exact = x.dtype == gate.dtype != torch.float32
     if logits.numel():
         _router_logits_kernel[(common.cdiv(num_tokens, _BLOCK_T),)](
             x,
@@ -121,10 +130,8 @@ def router_logits(x: Tensor, gate: Tensor) -> Tensor:
             NUM_EXPERTS=num_experts,
             BLOCK_T=_BLOCK_T,
             BLOCK_E=max(16, common.next_power_of_2(num_experts)),
-            BLOCK_D=64,
-            # Whatever torch.set_float32_matmul_precision says, since a rounded score can change a choice. Three tf32
-            # products keep fp32's digits at the tensor cores' speed.
-            PRECISION="tf32x3",
+            BLOCK_D=32 if exact else 64,
+            EXACT=exact,
             num_warps=4,
         )
     return logits
