@@ -38,6 +38,7 @@ SIZES = [(37, 4, 2, 72, 48, 16), (9, 3, 3, 33, 50, 16), (1, 8, 2, 40, 48, 16), (
 # images, tokens, width: in registers, narrow and wide, and in memory, by words and by elements
 NORM_SIZES = [(2, 5, 72), (3, 7, 33), (1, 19, 384), (2, 3, 1152), (1, 2, 2104)]
 ATTENTION_SIZES = [(1, 128, 1, 72), (140, 256, 1, 64), (2, 384, 3, 88)]  # images, tokens, heads, width
+MANY_TILES = (1200, 4, 2, 64, 1216)  # tokens, experts, choices, widths: several tiles for each block of a product
 HEAD_SIZES = [(2, 5, 3, 72), (1, 3, 2, 24), (1, 9, 5, 128)]  # images, tokens, heads, width
 
 
@@ -67,6 +68,21 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
             routed_ffn(x, gate, w13, w2, top_k, addend=x, backend="cuda")
             torch.ops.dit_moe.linear_swiglu(x, w13[0], False, "cuda")
             torch.ops.dit_moe.grouped_gemm_dx(h, w13, *plan[1:2], *plan[4:7], "cuda")
+    torch.cuda.synchronize()
+
+
+def run_many_tiles(dtype: torch.dtype) -> None:
+    """The CUDA products and their gradients where a block goes from tile to tile, on Hopper."""
+    tokens, experts, top_k, width, hidden = MANY_TILES
+    x = torch.randn(tokens, width, device="cuda", dtype=dtype, requires_grad=True)
+    gate = torch.randn(experts, width, device="cuda", dtype=dtype)
+    w13 = torch.randn(experts, 2 * hidden, width, device="cuda", dtype=dtype, requires_grad=True)
+    w2 = torch.randn(experts, width, hidden, device="cuda", dtype=dtype, requires_grad=True)
+    weights, ids, _ = topk_softmax(router_logits(x.detach(), gate, backend="cuda"), top_k, backend="cuda")
+    plan = make_routing_plan(ids, experts, tile_rows=128, backend="cuda")
+    expert_ffn(x, w13, w2, weights.detach().requires_grad_(), plan, backend="cuda").sum().backward()
+    with torch.no_grad():
+        routed_ffn(x, gate, w13, w2, top_k, backend="cuda")
     torch.cuda.synchronize()
 
 
@@ -115,6 +131,7 @@ def main() -> int:
             run_norms(dtype, backend)
             if backend == "cuda" and dtype != torch.float32:
                 run_attention(dtype)
+                run_many_tiles(dtype)
         print(f"{backend}: {len(SIZES)} layers and {len(NORM_SIZES) + len(HEAD_SIZES)} norms in 3 dtypes")
     return missing
 

@@ -38,6 +38,7 @@ template <class C>
 class Block : public Pipeline<typename C::Layout, C::kCluster> {
   using Base = Pipeline<typename C::Layout, C::kCluster>;
   using Base::full, Base::rank, Base::stage_a, Base::stage_b;
+  using typename Base::QueueRing;
 
  public:
   using Element = typename C::Element;
@@ -53,12 +54,20 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     steps_ = (arguments.depth + kTileK - 1) / kTileK;
   }
 
+  __device__ __forceinline__ void schedule() const {
+    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / kCluster;
+    TokenScheduler scheduler(
+        arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, arguments_.max_height,
+        first_tile(blockIdx.x / kCluster, clusters, arguments_.rows, arguments_.num_experts), clusters);
+    this->template announce<TokenTile>([&](TokenTile& tile) { return scheduler.next(rank(), tile); });
+  }
+
   // One thread: everything comes through the copy engine.
   __device__ __forceinline__ void produce() const {
-    TokenScheduler scheduler = make_scheduler();
+    QueueRing queue;
     typename Base::StageRing ring;
     TokenTile tile;
-    while (scheduler.next(rank(), tile)) {
+    while (this->template next_tile<false>(queue, tile)) {
       const int boxes = (tile.height + C::kBoxTokens - 1) / C::kBoxTokens;
       this->fill(ring, steps_, Layout::kBytesA + boxes * C::kBoxBytes, [&](int stage, int step) {
         copy_weights(stage, tile, step);
@@ -69,23 +78,16 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
 
   __device__ __forceinline__ void consume(int group) const {
     float accumulators[kMaxHeight / 2];
-    TokenScheduler scheduler = make_scheduler();
+    QueueRing queue;
     typename Base::StageRing ring;
     TokenTile tile;
-    while (scheduler.next(rank(), tile)) {
+    while (this->template next_tile<true>(queue, tile)) {
       multiply_tile<kHeightStep>(tile.height, ring, group, accumulators);
       store(tile, group, accumulators);
     }
   }
 
  private:
-  __device__ __forceinline__ TokenScheduler make_scheduler() const {
-    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / kCluster;
-    return TokenScheduler(
-        arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, arguments_.max_height,
-        first_tile(blockIdx.x / kCluster, clusters, arguments_.rows, arguments_.num_experts), clusters);
-  }
-
   // The weights of both warpgroups; shared, each block copies those of one for both blocks.
   __device__ __forceinline__ void copy_weights(int stage, const TokenTile& tile, int step) const {
 #pragma unroll

@@ -4,7 +4,7 @@
 // store one tile, the producer already loads the next. Where there is something to be done with a result, the consumers
 // do it beside the products of the next tile; where there is much, they hand the result over in shared memory to a
 // finishing warpgroup, and multiply on. Two blocks may form a cluster, in which each fetches half of an operand for
-// both.
+// both. Which tile is next is worked out ahead by a thread that has nothing else to do and read by all from a queue.
 #pragma once
 
 #include "epilogue.cuh"
@@ -20,20 +20,25 @@ constexpr int kMaxSharedBytes = 227 * 1024;  // of a Hopper block
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
 constexpr int kConsumerWarps = 8;
+constexpr int kQueue = 4;        // tiles
+constexpr int kQueueBytes = 32;  // of a tile
 
-// Shared memory of a block: stages of two operands, a staging buffer for each consumer warp's results, barriers.
+// Shared memory of a block: stages of two operands, a staging buffer for each consumer warp's results, the queue of
+// tiles, barriers, a zero.
 template <int kBytesA_, int kBytesB_, int kStagingBytes_ = kStagingBytes>
 struct SharedLayout {
   static constexpr int kBytesA = kBytesA_;
   static constexpr int kStageBytes = kBytesA_ + kBytesB_;
   static constexpr int kWarpStagingBytes = kStagingBytes_;
-  static constexpr int kBarriers = 2 * (kMaxStages + kConsumerWarps);
+  static constexpr int kBarriers = 2 * (kMaxStages + kConsumerWarps + kQueue);
   // With room to align the base.
-  static constexpr int kOtherBytes = kConsumerWarps * kWarpStagingBytes + kBarriers * 8 + 4 + 1024;
+  static constexpr int kOtherBytes =
+      kConsumerWarps * kWarpStagingBytes + kQueue * kQueueBytes + kBarriers * 8 + 4 + 1024;
   static constexpr int kFitting = (kMaxSharedBytes - kOtherBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   static constexpr int kStagingAt = kStages * kStageBytes;
-  static constexpr int kBarriersAt = kStagingAt + kConsumerWarps * kWarpStagingBytes;
+  static constexpr int kQueueAt = kStagingAt + kConsumerWarps * kWarpStagingBytes;
+  static constexpr int kBarriersAt = kQueueAt + kQueue * kQueueBytes;
   static constexpr int kZeroAt = kBarriersAt + kBarriers * 8;  // four bytes
   static constexpr int kDynamicBytes = kStages * kStageBytes + kOtherBytes;
 };
@@ -61,7 +66,8 @@ class Pipeline {
   static constexpr int kConsumerRegisters = sm90::kConsumerRegisters;
   static constexpr int kFinisherRegisters = 0;
 
-  __device__ __forceinline__ void init_barriers() const {
+  // readers: of the queue: the producer and warps.
+  __device__ __forceinline__ void init_barriers(int readers) const {
     constexpr int consumer_arrivals = kConsumerWarps * kCluster;
     for (int stage = 0; stage < L::kStages; ++stage) {
       barrier_init(full(stage), 1);
@@ -71,12 +77,17 @@ class Pipeline {
       barrier_init(handed_over(warp), 1);
       barrier_init(taken(warp), 1);
     }
+    for (int place = 0; place < kQueue; ++place) {
+      barrier_init(queued(place), 1);
+      barrier_init(read(place), readers);
+    }
     barrier_init_fence();
     store_shared(shared_ + L::kZeroAt, 0u);
   }
 
  protected:
   using StageRing = Ring<L::kStages>;
+  using QueueRing = Ring<kQueue>;
 
   explicit __device__ __forceinline__ Pipeline(uint32_t shared) : shared_(shared) {}
 
@@ -87,6 +98,9 @@ class Pipeline {
   // Of a consumer warp's staging buffer, where a finishing warp takes the results from there.
   __device__ __forceinline__ uint32_t handed_over(int warp) const { return empty(L::kStages) + warp * 8; }
   __device__ __forceinline__ uint32_t taken(int warp) const { return handed_over(kConsumerWarps) + warp * 8; }
+  // Of a place in the queue.
+  __device__ __forceinline__ uint32_t queued(int place) const { return taken(kConsumerWarps) + place * 8; }
+  __device__ __forceinline__ uint32_t read(int place) const { return queued(kQueue) + place * 8; }
   __device__ __forceinline__ uint32_t staging(int warp) const {
     return shared_ + L::kStagingAt + warp * L::kWarpStagingBytes;
   }
@@ -96,6 +110,40 @@ class Pipeline {
   __device__ __forceinline__ uint32_t zero_from_here() const { return load_shared_word(shared_ + L::kZeroAt); }
   // Asked of the hardware where it is needed: consumers have no register to keep it in.
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? static_cast<int>(cluster_rank()) : 0; }
+
+  // One thread: puts into the queue what next(tile) finds until it returns false. Divisions, and offsets that may be no
+  // longer in the first-level cache while the copy engine keeps the others busy, so delay neither copies nor products.
+  template <class T, typename Next>
+  __device__ __forceinline__ void announce(const Next& next) const {
+    QueueRing ring;
+    Announcement<T> announcement{};
+    do {
+      announcement.valid = next(announcement.tile);
+      barrier_wait(read(ring.stage), ring.phase ^ 1);
+      uint4 words[2];
+      memcpy(words, &announcement, sizeof(announcement));
+      const uint32_t address = shared_ + L::kQueueAt + ring.stage * kQueueBytes;
+      store_shared(address, words[0]);
+      store_shared(address + 16, words[1]);
+      barrier_arrive(queued(ring.stage));
+      ring.advance();
+    } while (announcement.valid);
+  }
+
+  // A warp, or the producer's one thread: the next tile of the queue. False when none is left.
+  template <bool kWarp, class T>
+  __device__ __forceinline__ bool next_tile(QueueRing& ring, T& tile) const {
+    barrier_wait(queued(ring.stage), ring.phase);
+    const uint32_t address = shared_ + L::kQueueAt + ring.stage * kQueueBytes;
+    const uint4 words[2] = {load_shared(address), load_shared(address + 16)};
+    Announcement<T> announcement;
+    memcpy(&announcement, words, sizeof(announcement));
+    if constexpr (kWarp) __syncwarp();
+    if (!kWarp || threadIdx.x % 32 == 0) barrier_arrive(read(ring.stage));
+    ring.advance();
+    tile = announcement.tile;
+    return announcement.valid;
+  }
 
   // The producer's part of a tile: copy(stage, step) starts the copies of a K step, `bytes` in all, into a free stage.
   template <typename Copy>
@@ -150,6 +198,12 @@ class Pipeline {
   }
 
  private:
+  template <class T>
+  struct alignas(16) Announcement {
+    T tile;
+    bool valid;
+  };
+
   // Each warp for itself, to every block that fills this stage.
   __device__ __forceinline__ void release(int stage) const {
     const unsigned lane = threadIdx.x % 32;
@@ -169,7 +223,8 @@ class Pipeline {
 template <class Block>
 constexpr int kThreads = (Block::kFinishes ? 4 : 3) * kGroupThreads;
 
-// Block is a Pipeline with produce(), for one thread, consume(group) and, if it has that warpgroup, finish().
+// Block is a Pipeline with produce() and schedule(), for one thread each, consume(group) and, if it has that warpgroup,
+// finish().
 template <class Block>
 __global__ void __launch_bounds__(kThreads<Block>, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
@@ -180,7 +235,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   if (threadIdx.x == 0) {
     prefetch_map(&map_a);
     prefetch_map(&map_b);
-    block.init_barriers();
+    block.init_barriers(1 + kConsumerWarps + (Block::kFinishes ? 4 : 0));
   }
   if constexpr (Block::kCluster > 1) {
     cluster_sync();
@@ -191,6 +246,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   if (group == 0) {
     give_registers<Block::kProducerRegisters>();
     if (threadIdx.x == 0) block.produce();
+    if (threadIdx.x == 32) block.schedule();
     __syncwarp();
   } else if (!Block::kFinishes || group < 3) {
     take_registers<Block::kConsumerRegisters>();

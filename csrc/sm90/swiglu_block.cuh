@@ -66,15 +66,16 @@ template <class C>
 class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   using Base = Pipeline<typename C::Layout, C::kCluster>;
   using Base::full, Base::rank, Base::stage_a, Base::stage_b, Base::staging, Base::handed_over, Base::taken;
+  using typename Base::QueueRing;
 
  public:
   using Element = typename C::Element;
   using Arguments = SwiGLUArguments;
-  using Scheduler = TileScheduler<C::kCluster>;
   using Layout = typename C::Layout;
   static constexpr int kCluster = C::kCluster;
   static constexpr bool kFinishes = C::kFinishes;
-  static constexpr int kConsumerRegisters = !kFinishes ? Base::kConsumerRegisters : C::kTileN > 192 ? 168 : 144;
+  static constexpr int kProducerRegisters = kFinishes ? 32 : 40;  // the schedule's share too
+  static constexpr int kConsumerRegisters = !kFinishes ? 232 : C::kTileN > 192 ? 168 : 144;
   static constexpr int kFinisherRegisters = 512 - kProducerRegisters - 2 * kConsumerRegisters;
 
   __device__ __forceinline__ SwiGLUBlock(const CUtensorMap& map_a, const CUtensorMap& map_b, const Arguments& arguments,
@@ -83,12 +84,20 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     steps_ = (arguments.depth + kTileK - 1) / kTileK;
   }
 
+  __device__ __forceinline__ void schedule() const {
+    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / C::kCluster;
+    TileScheduler<C::kCluster> scheduler(
+        arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, C::kGroupM,
+        first_tile(blockIdx.x / C::kCluster, clusters, arguments_.rows, arguments_.num_experts), clusters);
+    this->template announce<Tile>([&](Tile& tile) { return scheduler.next(rank(), tile); });
+  }
+
   // One thread: everything comes through the copy engine.
   __device__ __forceinline__ void produce() const {
-    Scheduler scheduler = make_scheduler();
+    QueueRing queue;
     typename Base::StageRing ring;
     Tile tile;
-    while (scheduler.next(rank(), tile)) {
+    while (this->template next_tile<false>(queue, tile)) {
       this->fill(ring, steps_, Layout::kStageBytes, [&](int stage, int step) {
         copy_rows(stage, tile, step);
         copy_weights(stage, tile, step);
@@ -108,10 +117,10 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   __device__ __forceinline__ void finish() const {
     using FinishedTile = DSwiGLUTile<Element, C::kSegments>;
     const int lane = threadIdx.x % 32;
-    Scheduler scheduler = make_scheduler();
+    QueueRing queue;
     uint32_t phase = 0;
     Tile tile;
-    while (scheduler.next(rank(), tile)) {
+    while (this->template next_tile<true>(queue, tile)) {
       const int row = tile.row;
       const int rows = min(tile.end - row, kTileM);
       const FinishedTile finished(arguments_.dswiglu, arguments_.out, row, rows, tile.column * C::kColumns,
@@ -155,11 +164,11 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   __device__ __forceinline__ void multiply_and_store(int group) const {
     float accumulators[C::kTileN / 2];
     uint32_t pairs[C::kTileN / 4] = {};  // of the tile before: SwiGLU computes from what a backward reads
-    Scheduler scheduler = make_scheduler();
+    QueueRing queue;
     typename Base::StageRing ring;
     Tile tile, before;
     before.row = before.end = before.column = 0;
-    bool more = scheduler.next(rank(), tile);
+    bool more = this->template next_tile<true>(queue, tile);
     int lead = C::kStagger < steps_ ? C::kStagger : steps_;
     while (more) {
       this->template drain<C::kPieces + 1>(
@@ -170,7 +179,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
               store(before, group, piece, pairs);
             } else {
               before = tile;
-              more = scheduler.next(rank(), tile);
+              more = this->template next_tile<true>(queue, tile);
             }
           });
       lead = 0;
@@ -186,23 +195,17 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
 
   __device__ __forceinline__ void multiply_and_hand_over(int group) const {
     float accumulators[C::kTileN / 2];
-    Scheduler scheduler = make_scheduler();
+    QueueRing queue;
     typename Base::StageRing ring;
     Tile tile;
     uint32_t phase = 0;
-    while (scheduler.next(rank(), tile)) {
+    while (this->template next_tile<true>(queue, tile)) {
       this->drain(
           ring, steps_, group, 0, accumulators,
           [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {});
       hand_over(group, phase, accumulators);
       phase ^= 1;
     }
-  }
-
-  __device__ __forceinline__ Scheduler make_scheduler() const {
-    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / C::kCluster;
-    return Scheduler(arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, C::kGroupM,
-                     first_tile(blockIdx.x / C::kCluster, clusters, arguments_.rows, arguments_.num_experts), clusters);
   }
 
   // Shared, each block copies one box for both.

@@ -45,6 +45,7 @@ template <class C>
 class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
   using Base = Pipeline<typename C::Layout, C::kCluster>;
   using Base::full, Base::rank, Base::stage_a, Base::stage_b, Base::staging;
+  using typename Base::QueueRing;
 
  public:
   using Element = typename C::Element;
@@ -56,12 +57,20 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
                                          uint32_t shared)
       : Base(shared), map_a_(map_a), map_b_(map_b), arguments_(arguments) {}
 
+  __device__ __forceinline__ void schedule() const {
+    constexpr int rows = kTileM * (C::kTall ? 2 : 1), columns = C::kTileN * (C::kTall ? 1 : 2);  // of a cluster
+    WeightScheduler scheduler(arguments_.offsets, arguments_.num_experts, (arguments_.height + rows - 1) / rows,
+                              (arguments_.width + columns - 1) / columns, C::kGroupM, blockIdx.x / C::kCluster,
+                              gridDim.x / C::kCluster);
+    this->template announce<WeightTile>([&](WeightTile& tile) { return scheduler.next(tile); });
+  }
+
   // One thread.
   __device__ __forceinline__ void produce() const {
-    WeightScheduler scheduler = make_scheduler();
+    QueueRing queue;
     typename Base::StageRing ring;
     WeightTile tile;
-    while (scheduler.next(tile)) {
+    while (this->template next_tile<false>(queue, tile)) {
       const int row = row_of(tile), column = column_of(tile);
       const int first = kRaggedRows - (tile.end - tile.start);
       this->fill(ring, steps_of(tile), Layout::kStageBytes, [&](int stage, int step) {
@@ -74,11 +83,11 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
 
   __device__ __forceinline__ void consume(int group) const {
     float accumulators[C::kTileN / 2];
-    WeightScheduler scheduler = make_scheduler();
+    QueueRing queue;
     typename Base::StageRing ring;
     WeightTile tile;
     bool first = true;
-    while (scheduler.next(tile)) {
+    while (this->template next_tile<true>(queue, tile)) {
       const int steps = steps_of(tile);
       const int lead = first ? min(C::kStagger, steps) : 0;
       const int prefetch_step = arguments_.accumulate ? max(steps - C::kPrefetchSteps, 0) : steps;
@@ -94,13 +103,6 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
   }
 
  private:
-  __device__ __forceinline__ WeightScheduler make_scheduler() const {
-    constexpr int rows = kTileM * (C::kTall ? 2 : 1), columns = C::kTileN * (C::kTall ? 1 : 2);  // of a cluster
-    return WeightScheduler(arguments_.offsets, arguments_.num_experts, (arguments_.height + rows - 1) / rows,
-                           (arguments_.width + columns - 1) / columns, C::kGroupM, blockIdx.x / C::kCluster,
-                           gridDim.x / C::kCluster);
-  }
-
   static __device__ __forceinline__ int steps_of(const WeightTile& tile) {
     return max((tile.end - tile.start + kTileK - 1) / kTileK, 1);
   }
