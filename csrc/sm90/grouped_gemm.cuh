@@ -54,6 +54,7 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     steps_ = (arguments.depth + kTileK - 1) / kTileK;
   }
 
+  // One thread.
   __device__ __forceinline__ void schedule() const {
     const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / kCluster;
     TokenScheduler scheduler(

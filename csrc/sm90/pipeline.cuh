@@ -111,10 +111,11 @@ class Pipeline {
   // Asked of the hardware where it is needed: consumers have no register to keep it in.
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? static_cast<int>(cluster_rank()) : 0; }
 
-  // One thread: puts into the queue what next(tile) finds until it returns false. Divisions, and offsets that may be no
-  // longer in the first-level cache while the copy engine keeps the others busy, so delay neither copies nor products.
+  // One thread: puts into the queue what next(tile) finds, until it returns false. So divisions, and offsets that have
+  // left the first-level cache, delay neither copies nor products.
   template <class T, typename Next>
   __device__ __forceinline__ void announce(const Next& next) const {
+    static_assert(sizeof(Announcement<T>) == kQueueBytes, "two words of 16 bytes");
     QueueRing ring;
     Announcement<T> announcement{};
     do {
@@ -201,7 +202,7 @@ class Pipeline {
   template <class T>
   struct alignas(16) Announcement {
     T tile;
-    bool valid;
+    bool valid;  // otherwise there is no tile, nor will there be another
   };
 
   // Each warp for itself, to every block that fills this stage.

@@ -39,9 +39,9 @@ struct SwiGLUConfig {
   static constexpr int kBoxBytes = kBoxRows * kSwizzleBytes;
   static constexpr int kBytesB = kBoxes * kBoxBytes;
   using Layout = SharedLayout<kBytesA, kBytesB, kFinishes ? kSegments * kStagingBytes : kStagingBytes>;
-  // K steps by which the first consumer leads the second.
+  // K steps by which the first consumer leads the second, so that one rounds while the other multiplies.
   static constexpr int kStagger = 2;
-  // In which a tile is stored, 64 columns of out, or of h's gate or up columns, each.
+  // A tile is stored in pieces, each 64 columns of out, or of h's gate or up columns.
   static constexpr int kPieces = kColumns / kStagingColumns * (kEpilogue == Epilogue::kSwiGLUKeep ? 3 : 1);
   // Row tiles (pairs of them in clusters) that sweep the columns together.
   static constexpr int kGroupM = kPaired ? 16 : 8;
@@ -84,6 +84,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     steps_ = (arguments.depth + kTileK - 1) / kTileK;
   }
 
+  // One thread.
   __device__ __forceinline__ void schedule() const {
     const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / C::kCluster;
     TileScheduler<C::kCluster> scheduler(
