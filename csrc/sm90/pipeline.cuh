@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   if (threadIdx.x == 0) {
     prefetch_map(&map_a);
     prefetch_map(&map_b);
-    block.init_barriers(1 + kConsumerWarps + (Block::kFinishes ? 4 : 0));
+    block.init_barriers(1 + kConsumerWarps + (Block::kFinishes ? kGroupThreads / 32 : 0));
   }
   if constexpr (Block::kCluster > 1) {
     cluster_sync();

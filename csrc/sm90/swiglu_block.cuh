@@ -26,10 +26,10 @@ struct SwiGLUConfig {
 
   // A finishing warpgroup reads h and stores three matrices, as many bytes as the memory moves during the product.
   static constexpr bool kFinishes = kEpilogue == Epilogue::kDSwiGLU;
-  static constexpr bool kPaired = !kFinishes;     // gate and up columns in one tile
-  static constexpr bool kTransposed = kFinishes;  // W is (E, K, N) in memory instead of (E, N, K)
-  static constexpr int kSegments = kTileN / kStagingColumns;
+  static constexpr bool kPaired = !kFinishes;                     // gate and up columns in one tile
+  static constexpr bool kTransposed = kFinishes;                  // W is (E, K, N) in memory instead of (E, N, K)
   static constexpr int kColumns = kPaired ? kTileN / 2 : kTileN;  // of out
+  static constexpr int kSegments = kColumns / kStagingColumns;    // of them
   // Rows come in boxes of 64, one for each consumer.
   static constexpr int kRowBoxBytes = kTileM / 2 * kSwizzleBytes;
   static constexpr int kBytesA = 2 * kRowBoxBytes;
@@ -42,13 +42,13 @@ struct SwiGLUConfig {
   // K steps by which the first consumer leads the second, so that one rounds while the other multiplies.
   static constexpr int kStagger = 2;
   // A tile is stored in pieces, each 64 columns of out, or of h's gate or up columns.
-  static constexpr int kPieces = kColumns / kStagingColumns * (kEpilogue == Epilogue::kSwiGLUKeep ? 3 : 1);
+  static constexpr int kPieces = kSegments * (kEpilogue == Epilogue::kSwiGLUKeep ? 3 : 1);
   // Row tiles (pairs of them in clusters) that sweep the columns together.
   static constexpr int kGroupM = kPaired ? 16 : 8;
 
   static_assert(kBoxRows % kSwizzleRows == 0 && kBoxRows <= 256, "boxes of whole swizzle periods");
   static_assert(kCluster == 1 || kCluster == 2, "alone or in pairs");
-  static_assert(!kFinishes || kTileN % kStagingColumns == 0, "whole segments");
+  static_assert(kColumns % kStagingColumns == 0, "whole segments");
 };
 
 struct SwiGLUArguments {
@@ -75,7 +75,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   static constexpr int kCluster = C::kCluster;
   static constexpr bool kFinishes = C::kFinishes;
   static constexpr int kProducerRegisters = kFinishes ? 32 : 40;  // the schedule's share too
-  static constexpr int kConsumerRegisters = !kFinishes ? 232 : C::kTileN > 192 ? 168 : 144;
+  static constexpr int kConsumerRegisters = kFinishes ? 144 : 232;
   static constexpr int kFinisherRegisters = 512 - kProducerRegisters - 2 * kConsumerRegisters;
 
   __device__ __forceinline__ SwiGLUBlock(const CUtensorMap& map_a, const CUtensorMap& map_b, const Arguments& arguments,
@@ -269,9 +269,8 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   // pairs: of the tile, packed accumulators.
   __device__ __forceinline__ void store(const Tile& tile, int group, int piece,
                                         const uint32_t (&pairs)[C::kTileN / 4]) const {
-    constexpr int segments = C::kColumns / kStagingColumns;
     constexpr int half = C::kTileN / 8;  // pairs of a thread in the gate columns
-    const int segment = piece % segments;
+    const int segment = piece % C::kSegments;
     const int warp = group * 4 + threadIdx.x / 32 % 4;
     const int row = tile.row + warp * kWarpRows, rows = tile.end - row;
     const int column = tile.column * C::kColumns + segment * kStagingColumns;
@@ -282,11 +281,11 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
       const RowBlock<Element> block{first + row * stride, stride, rows};
       store_columns<kStagingColumns>(staging(warp), block, column, arguments_.width, fragment);
     };
-    if (piece < segments) {
+    if (piece < C::kSegments) {
       const uint32_t zero = this->zero_from_here();
       put(static_cast<Element*>(arguments_.out), width,
           [&](int i, int q) { return swiglu_pair<Element>(gate(i, q) ^ zero, up(i, q)); });
-    } else if (piece < 2 * segments) {
+    } else if (piece < 2 * C::kSegments) {
       put(static_cast<Element*>(arguments_.h), 2 * width, gate);
     } else {
       put(static_cast<Element*>(arguments_.h) + width, 2 * width, up);

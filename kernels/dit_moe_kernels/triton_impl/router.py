@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .dot import _dot_accumulate
+from .dot import _dot_two_levels
 
 _BLOCK_T = 32  # tokens of a program
 
@@ -24,7 +24,8 @@ def _router_logits_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EXACT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
@@ -35,10 +36,9 @@ def _router_logits_kernel(
         x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * D + cols[None, :], mask=x_mask, other=0.0)
         gate_mask = (experts < NUM_EXPERTS)[:, None] & (cols < D)[None, :]
         gate = tl.load(gate_ptr + experts[:, None] * D + cols[None, :], mask=gate_mask, other=0.0)
-        if EXACT:  # the fma keeps the sum out of the tensor core, see _dot_accumulate
-            acc = tl.fma(tl.dot(x, gate.T), tl.full(acc.shape, 1.0, tl.float32), acc)
-        else:
-            acc = _dot_accumulate(x.to(tl.float32), gate.to(tl.float32).T, acc, "tf32x3")
+        if WIDEN:
+            x, gate = x.to(tl.float32), gate.to(tl.float32)
+        acc = _dot_two_levels(x, gate.T, acc, PRECISION)
     mask = (tokens < T)[:, None] & (experts < NUM_EXPERTS)[None, :]
     tl.store(logits_ptr + tokens.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :], acc, mask=mask)
 
@@ -131,7 +131,8 @@ def router_logits(x: Tensor, gate: Tensor) -> Tensor:
             BLOCK_T=_BLOCK_T,
             BLOCK_E=max(16, common.next_power_of_2(num_experts)),
             BLOCK_D=32 if exact else 64,
-            EXACT=exact,
+            WIDEN=not exact,
+            PRECISION="tf32x3",
             num_warps=4,
         )
     return logits
