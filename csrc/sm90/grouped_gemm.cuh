@@ -56,10 +56,9 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
 
   // One thread.
   __device__ __forceinline__ void schedule() const {
-    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / kCluster;
-    TokenScheduler scheduler(
-        arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, arguments_.max_height,
-        first_tile(blockIdx.x / kCluster, clusters, arguments_.rows, arguments_.num_experts), clusters);
+    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
+    TokenScheduler scheduler(arguments_.offsets, arguments_.rows, arguments_.num_experts, tiles_n,
+                             arguments_.max_height, blockIdx.x / kCluster, gridDim.x / kCluster);
     this->template announce<TokenTile>([&](TokenTile& tile) { return scheduler.next(rank(), tile); });
   }
 

@@ -20,9 +20,9 @@ struct Place {
 };
 
 // The first tile of a cluster, which then strides over all. Tiles of neighbouring numbers share operands, and clusters
-// in the same group of multiprocessors (GPC) read from the L2 cache once what they need together: so where an expert
-// has few rows, the clusters of a group get neighbouring numbers. This is the order in which an H100 deals out 66
-// clusters of two blocks to its groups of 8 or 9 (as %smid shows it); on any other GPU it is one order among others.
+// in the same group of multiprocessors (GPC) seem to read from the L2 cache once what they need together: so where an
+// expert has few rows, the clusters of a group get neighbouring numbers. This is the order in which an H100 deals out
+// 66 clusters of two blocks to its groups of 8 or 9 (as %smid shows it); on any other GPU it is one order among others.
 __device__ __forceinline__ int first_tile(int cluster, int clusters, int64_t rows, int num_experts) {
   constexpr int few_rows = 2048;  // of an expert
   if (clusters != 66 || rows > int64_t{few_rows} * num_experts) return cluster;
@@ -56,11 +56,17 @@ __device__ __forceinline__ Place sweep(int number, int tiles_m, int tiles_n, int
 template <int kCluster>
 class TileScheduler {
  public:
-  __device__ __forceinline__ TileScheduler(const int32_t* offsets, int num_rows, int num_experts, int tiles_n,
-                                           int group_m, int first, int step)
-      : offsets_(offsets), num_experts_(num_experts), tiles_n_(tiles_n), group_m_(group_m), next_(first), step_(step) {
+  __device__ __forceinline__ TileScheduler(const int32_t* offsets, int64_t num_rows, int num_experts, int tiles_n,
+                                           int group_m, int cluster, int clusters)
+      : offsets_(offsets),
+        num_experts_(num_experts),
+        tiles_n_(tiles_n),
+        group_m_(group_m),
+        next_(first_tile(cluster, clusters, num_rows, num_experts)),
+        step_(clusters) {
+    const int rows = static_cast<int>(num_rows);
     start_ = offsets == nullptr ? 0 : __ldg(offsets);
-    end_ = offsets == nullptr ? num_rows : __ldg(offsets + 1);
+    end_ = offsets == nullptr ? rows : __ldg(offsets + 1);
   }
 
   // The part that block 0 or 1 of a cluster has of the next tile. False when none is left.
@@ -142,15 +148,15 @@ struct TokenTile {
 // its weights; one without a neighbour shares nothing with the next group's first.
 class TokenScheduler {
  public:
-  __device__ __forceinline__ TokenScheduler(const int32_t* offsets, int num_rows, int num_experts, int tiles_n,
-                                            int max_height, int first, int step)
+  __device__ __forceinline__ TokenScheduler(const int32_t* offsets, int64_t num_rows, int num_experts, int tiles_n,
+                                            int max_height, int cluster, int clusters)
       : offsets_(offsets),
-        num_rows_(num_rows),
+        num_rows_(static_cast<int>(num_rows)),
         num_experts_(num_experts),
         tiles_n_(tiles_n),
         max_height_(max_height),
-        next_(first),
-        step_(step) {
+        next_(first_tile(cluster, clusters, num_rows, num_experts)),
+        step_(clusters) {
     enter(0);
     skip_empty();
   }

@@ -86,10 +86,9 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
 
   // One thread.
   __device__ __forceinline__ void schedule() const {
-    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / C::kCluster;
-    TileScheduler<C::kCluster> scheduler(
-        arguments_.offsets, static_cast<int>(arguments_.rows), arguments_.num_experts, tiles_n, C::kGroupM,
-        first_tile(blockIdx.x / C::kCluster, clusters, arguments_.rows, arguments_.num_experts), clusters);
+    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
+    TileScheduler<C::kCluster> scheduler(arguments_.offsets, arguments_.rows, arguments_.num_experts, tiles_n,
+                                         C::kGroupM, blockIdx.x / C::kCluster, gridDim.x / C::kCluster);
     this->template announce<Tile>([&](Tile& tile) { return scheduler.next(rank(), tile); });
   }
 

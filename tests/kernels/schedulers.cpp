@@ -41,9 +41,9 @@ const char* failure(const Case& c) {
   const int num_experts = static_cast<int>(c.offsets.size()) - 1, rows = c.offsets.back();
   std::vector<int> visits(static_cast<size_t>(rows) * c.columns);
   for (int cluster = 0; cluster < c.clusters; ++cluster) {
-    const int first = first_tile(cluster, c.clusters, rows, num_experts);
-    TokenScheduler schedulers[2] = {{c.offsets.data(), rows, num_experts, c.columns, c.max_height, first, c.clusters},
-                                    {c.offsets.data(), rows, num_experts, c.columns, c.max_height, first, c.clusters}};
+    TokenScheduler schedulers[2] = {
+        {c.offsets.data(), rows, num_experts, c.columns, c.max_height, cluster, c.clusters},
+        {c.offsets.data(), rows, num_experts, c.columns, c.max_height, cluster, c.clusters}};
     TokenTile tiles[2];
     while (true) {
       const bool one = schedulers[0].next(0, tiles[0]), other = schedulers[1].next(1, tiles[1]);
@@ -66,8 +66,8 @@ const char* failure_of_tiles(const Case& c) {
   const int num_experts = static_cast<int>(c.offsets.size()) - 1, rows = c.offsets.back();
   std::vector<int> visits(static_cast<size_t>(rows) * c.columns);
   for (int cluster = 0; cluster < c.clusters; ++cluster) {
-    const TileScheduler<kCluster> start(c.offsets.data(), rows, num_experts, c.columns, 1 + c.max_height / 64,
-                                        first_tile(cluster, c.clusters, rows, num_experts), c.clusters);
+    const TileScheduler<kCluster> start(c.offsets.data(), rows, num_experts, c.columns, 1 + c.max_height / 64, cluster,
+                                        c.clusters);
     std::vector<TileScheduler<kCluster>> schedulers(kCluster, start);
     Tile tiles[kCluster];
     while (true) {
