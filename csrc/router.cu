@@ -131,8 +131,10 @@ __device__ __forceinline__ void multiply_parts(float (&sum)[4], const uint32_t (
 template <typename X, typename Gate, int kGroups, int kTiles>
 __device__ __forceinline__ void partial_scores(const Arguments& arguments, int64_t first, int warp, int lane,
                                                float* warp_scores) {
-  constexpr bool kHeavy = sizeof(X) == 4 || kGroups > 2;  // in registers
-  constexpr int kBatch = 4 / kTiles / (kHeavy ? 2 : 1);   // steps whose loads are in flight together
+  // By registers: how many steps' loads are in flight together, and whether the gate's are among them.
+  constexpr bool kLight = sizeof(X) == 2 && sizeof(Gate) == 2 && kGroups <= 2;
+  constexpr bool kHeavy = sizeof(X) == 4 || kGroups > 2;
+  constexpr int kBatch = (kLight ? 6 : kHeavy ? 2 : 4) / kTiles;
   constexpr int kSpan = 16 / sizeof(X);
   const int g = lane / 4, t = lane % 4, depth = arguments.depth, num_experts = arguments.num_experts;
   const X* x[kTiles][2];
@@ -153,8 +155,14 @@ __device__ __forceinline__ void partial_scores(const Arguments& arguments, int64
   float sum[kTiles][kGroups][4] = {};
   for (int column = warp * kStep; column < depth; column += kBatch * kRouterWarps * kStep) {
     Chunk<X> chunk[kBatch][kTiles][2];
+    Chunk<Gate> gate_chunk[kBatch][kGroups];
+    const auto load_gate = [&](int b, int n) {
+      return load_chunk<Gate, kSpan, false>(gate[n], column + b * kRouterWarps * kStep, t, depth);
+    };
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int n = 0; n < (kLight ? kGroups : 0); ++n) gate_chunk[b][n] = load_gate(b, n);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -176,7 +184,7 @@ __device__ __forceinline__ void partial_scores(const Arguments& arguments, int64
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
         uint32_t gate_parts[kParts<Gate>][4];
-        split(load_chunk<Gate, kSpan, false>(gate[n], step, t, depth), gate_parts);
+        split(kLight ? gate_chunk[b][n] : load_gate(b, n), gate_parts);
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) multiply_parts(sum[m][n], parts[m][0], parts[m][1], gate_parts);
       }
