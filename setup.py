@@ -29,6 +29,7 @@ from setuptools.errors import CompileError, PlatformError
 CSRC = "csrc"
 SOURCES = (
     "router.cu",
+    "router_gradients.cu",
     "routing_plan.cu",
     "topk_softmax.cu",
     "norm_modulate.cu",

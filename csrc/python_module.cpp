@@ -106,6 +106,15 @@ void router_logits(Address x, Address gate, Address logits, int64_t num_tokens, 
                                                num_experts, dtype, gate_dtype, stream_handle(stream)));
 }
 
+void router_gradients(Address dlogits, Address x, Address gate, Address addend, Address dx, Address dgate,
+                      Address parts, int64_t num_tokens, int64_t depth, int64_t num_experts, DitMoeDtype dtype,
+                      DitMoeDtype gate_dtype, Address stream) {
+  check("router_gradients",
+        dit_moe_router_gradients(pointer<float>(dlogits), pointer(x), pointer(gate), pointer(addend), pointer(dx),
+                                 pointer(dgate), pointer<float>(parts), num_tokens, depth, num_experts, dtype,
+                                 gate_dtype, stream_handle(stream)));
+}
+
 void topk_softmax(Address logits, Address weights, Address ids, Address probs, int64_t num_tokens, int64_t num_experts,
                   int64_t top_k, Address stream) {
   check("topk_softmax",
@@ -287,6 +296,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("router_logits", &router_logits, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("logits"),
              py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"),
              py::arg("stream"));
+  module.def("router_gradients", &router_gradients, Unlocked(), py::arg("dlogits"), py::arg("x"), py::arg("gate"),
+             py::arg("addend"), py::arg("dx"), py::arg("dgate"), py::arg("parts"), py::arg("num_tokens"),
+             py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"), py::arg("stream"));
   module.def("topk_softmax", &topk_softmax, Unlocked(), py::arg("logits"), py::arg("weights"), py::arg("ids"),
              py::arg("probs"), py::arg("num_tokens"), py::arg("num_experts"), py::arg("top_k"), py::arg("stream"));
   module.def("topk_softmax_backward", &topk_softmax_backward, Unlocked(), py::arg("dweights"), py::arg("dprobs"),
@@ -315,6 +327,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("grouped_swiglu", &grouped_swiglu, Unlocked(), py::arg("x"), py::arg("w13"), py::arg("expert_offsets"),
              py::arg("out"), py::arg("h"), py::arg("num_rows"), py::arg("depth"), py::arg("width"),
              py::arg("num_experts"), py::arg("dtype"), py::arg("stream"));
+  module.attr("ROUTER_PARTS") = static_cast<int>(DIT_MOE_ROUTER_PARTS);
   module.attr("DSWIGLU_COLUMNS") = static_cast<int>(DIT_MOE_DSWIGLU_COLUMNS);
   module.def("grouped_dswiglu", &grouped_dswiglu, Unlocked(), py::arg("grad"), py::arg("w2"), py::arg("expert_offsets"),
              py::arg("h"), py::arg("topk_weights"), py::arg("row_to_slot"), py::arg("dh"), py::arg("weighted_a"),

@@ -133,11 +133,19 @@ class MoEFeedForward(nn.Module):
         if router_x is None and self._plain():
             gate, experts = self.gate, self.experts
             addend_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
-            hidden_TD, probs_TE, tokens_per_expert_E = routed_ffn(
-                x_TD, gate.weight, experts.w13, experts.w2, gate.top_k, addend=addend_TD, backend=gate.backend
+            routed = routed_ffn(
+                x_TD,
+                gate.weight,
+                experts.w13,
+                experts.w2,
+                gate.top_k,
+                addend=addend_TD,
+                balance_alpha=1.0 if torch.is_grad_enabled() else None,
+                backend=gate.backend,
             )
-            hidden = hidden_TD.view(x.shape)
-            return MoEOutput(hidden, tokens_per_expert_E, probs_TE, gate.top_k, self.balance_alpha)
+            layer = gate.top_k, self.balance_alpha
+            hidden = routed.out.view(x.shape)
+            return MoEOutput(hidden, routed.tokens_per_expert, routed.probs, *layer, balance=routed.balance_loss)
         router_x_TD = x_TD if router_x is None else self._tokens("router_x", router_x, like=x)
         routing = self.gate(router_x_TD)
         counts = _Counts(routing.plan.tokens_per_expert, self.count_group)
@@ -156,17 +164,15 @@ class MoEFeedForward(nn.Module):
         )
 
     def _plain(self) -> bool:
-        """Whether one op may do all: no gradient, and nobody watches or has replaced the router or the experts."""
+        """Whether one op may do all: nobody watches or has replaced the router or the experts."""
         gate, experts = self.gate, self.experts
         return (
-            not torch.is_grad_enabled()
-            and self.count_group is None
+            self.count_group is None
             and type(gate) is TopKRouter
             and type(experts) is GroupedExperts
             and gate.observer is None
             and gate.backend == experts.backend
-            and not (gate._forward_hooks or gate._forward_pre_hooks)
-            and not (experts._forward_hooks or experts._forward_pre_hooks)
+            and not any(_watched(module) for module in (gate, experts))
         )
 
     def _tokens(self, name: str, x: Tensor, like: Tensor | None = None) -> Tensor:
@@ -181,6 +187,12 @@ class MoEFeedForward(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, balance_alpha={self.balance_alpha}"
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether the module has hooks, which ask for a call of its own."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 class _Counts:

@@ -146,6 +146,21 @@ def router_logits(
     gate_dtype: int,
     stream: int,
 ) -> None: ...
+def router_gradients(
+    dlogits: int,
+    x: int,
+    gate: int,
+    addend: int,
+    dx: int,
+    dgate: int,
+    parts: int,
+    num_tokens: int,
+    depth: int,
+    num_experts: int,
+    dtype: int,
+    gate_dtype: int,
+    stream: int,
+) -> None: ...
 def topk_softmax(
     logits: int, weights: int, ids: int, probs: int, num_tokens: int, num_experts: int, top_k: int, stream: int
 ) -> None: ...
@@ -270,6 +285,7 @@ def grouped_dswiglu(
     stream: int,
 ) -> None: ...
 
+ROUTER_PARTS: int  # of the workspace of `router_gradients`
 DSWIGLU_COLUMNS: int  # of a column tile of `dots`
 
 def qk_norm_attention(

@@ -139,7 +139,7 @@ def _backward(ctx: Any, grad: Tensor | None, _dh: None) -> tuple[Tensor | None, 
     grads: tuple[Tensor | None, ...] = (None,) * 4
     if any(ctx.needs_input_grad[:4]):  # else only the addend has a gradient, and h was not kept
         *inputs, h = ctx.saved_tensors
-        grads = _expert_ffn_backward(grad, h, *inputs, ctx.tile_rows, ctx.backend)
+        grads = expert_ffn_gradients(grad, h, *inputs, ctx.tile_rows, ctx.backend)
     return (*grads, grad if ctx.needs_input_grad[4] else None, *(None,) * 8)
 
 
@@ -171,7 +171,7 @@ def _backward_fake(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, 
     return tuple(t.new_empty(t.shape) for t in (x, w13, w2, topk_weights))
 
 
-_expert_ffn_backward = define_op(
+expert_ffn_gradients = define_op(
     "expert_ffn_backward(Tensor grad, Tensor h, Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, "
     f"{_PLAN_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,

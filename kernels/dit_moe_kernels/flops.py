@@ -39,6 +39,12 @@ def _weight_gradient(grad: Shape, x: Shape, *_: Any, **__: Any) -> int:
     return 2 * grad[0] * grad[1] * x[1]
 
 
+def _router_gradients(
+    grad: Shape, x: Shape, gate: Shape, addend: Shape | None, wants_dx: bool, wants_dgate: bool, *_: Any, **__: Any
+) -> int:
+    return (wants_dx + wants_dgate) * _product(x, gate)
+
+
 def _expert_ffn(x: Shape, w13: Shape, w2: Shape, topk_weights: Shape, *_: Any, **__: Any) -> int:
     return 2 * topk_weights[0] * topk_weights[1] * (w13[1] * w13[2] + w2[1] * w2[2])
 
@@ -63,9 +69,11 @@ def _attention(qkv: Shape, *_: Any, **__: Any) -> int:
 _FORMULAS: dict[str, Callable[..., int]] = {
     "route": _product,
     "router_logits": _product,
+    "router_gradients": _router_gradients,
     "linear_swiglu": _product,
     "qk_norm_attention": _attention,
     "routed_ffn": _routed_ffn,
+    "routed_ffn_train": _routed_ffn,
     "grouped_gemm": _product,
     "grouped_gemm_dx": _product,
     "grouped_gemm_dw": _weight_gradient,

@@ -26,6 +26,18 @@ def router_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
     return x_TD.to(wide) @ gate_ED.to(wide).T
 
 
+def router_gradients(
+    dlogits_TE: Tensor, x_TD: Tensor, gate_ED: Tensor, addend_TD: Tensor | None, wants_dx: bool, wants_dgate: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of router_logits for x_TD, with an addend, and gate_ED, each where wanted; in the logits' dtype."""
+    wide = dlogits_TE.dtype
+    dx_TD = dlogits_TE @ gate_ED.to(wide) if wants_dx else None
+    if dx_TD is not None and addend_TD is not None:
+        dx_TD += addend_TD
+    dgate_ED = (dlogits_TE.T @ x_TD.to(wide)).to(gate_ED.dtype) if wants_dgate else None
+    return None if dx_TD is None else dx_TD.to(x_TD.dtype), dgate_ED
+
+
 def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over all experts, then the top_k largest without renormalisation (paper section 2.2).
 

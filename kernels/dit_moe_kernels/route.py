@@ -69,7 +69,7 @@ def route(
     return Routing(weights, ids, probs, plan, None if balance_alpha is None else balance)
 
 
-def _balance_scale(num_tokens: int, num_experts: int, top_k: int, alpha: float) -> float:
+def balance_scale(num_tokens: int, num_experts: int, top_k: int, alpha: float) -> float:
     """What the sum over experts of count times sum of probabilities is multiplied by."""
     return alpha * num_experts / (max(num_tokens, 1) ** 2 * top_k)
 
@@ -79,7 +79,7 @@ def run_route(
 ) -> tuple[Tensor, ...]:
     """The op's implementation: topk_weights, topk_ids, probs, balance loss, and the plan's six tensors."""
     num_experts = gate.shape[0]
-    scale = _balance_scale(x.shape[0], num_experts, top_k, balance_alpha)
+    scale = balance_scale(x.shape[0], num_experts, top_k, balance_alpha)
     if backend == "reference":
         return reference.route(x, gate, top_k, tile_rows, scale)
     if backend == "cuda":
@@ -112,7 +112,7 @@ def _setup(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
     _weights, ids, probs, _balance, *plan = output
     ctx.mark_non_differentiable(ids, *plan)
     ctx.set_materialize_grads(False)
-    ctx.scale = _balance_scale(x.shape[0], gate.shape[0], top_k, alpha)
+    ctx.scale = balance_scale(x.shape[0], gate.shape[0], top_k, alpha)
     ctx.save_for_backward(x, gate, ids, probs, plan[0])
 
 
@@ -126,7 +126,7 @@ def _backward(
     if dweights is None and dprobs is None:
         return (None,) * 6
     dlogits = router.topk_softmax_gradient(dweights, dprobs, ids, probs, ctx.backend)
-    dx, dgate = router.logits_gradients(dlogits, x, gate, ctx.needs_input_grad)
+    dx, dgate = router.logits_gradients(dlogits, x, gate, ctx.needs_input_grad, ctx.backend)
     return dx, dgate, None, None, None, None
 
 

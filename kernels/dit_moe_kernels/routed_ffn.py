@@ -1,16 +1,34 @@
-"""routed_ffn: the whole routed layer; without gradients one op, since small layers wait for the host."""
+"""routed_ffn: the whole routed layer as one op, since small layers wait for the host.
+
+With gradients the router's part of x's is added to the experts' before their one rounding, where autograd would add
+them in a pass of its own.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, configs, reference, router
-from .expert_ffn import check_addend, check_expert_weights, expert_ffn, run_forward
+from . import backends, checks, configs, reference, router, routing
+from .expert_ffn import check_addend, check_expert_weights, expert_ffn, expert_ffn_gradients, run_forward
 from .library import define_op
-from .route import route, run_route
+from .route import balance_scale, route, run_route
+
+
+class RoutedFFN(NamedTuple):
+    """What `routed_ffn` returns.
+
+    out: (T, D) as `expert_ffn` gives it.
+    probs, tokens_per_expert: (T, E) and (E,), as `route` gives them.
+    balance_loss: () as `route` gives it, or None if it was not asked for.
+    """
+
+    out: Tensor
+    probs: Tensor
+    tokens_per_expert: Tensor
+    balance_loss: Tensor | None = None
 
 
 def routed_ffn(
@@ -21,8 +39,9 @@ def routed_ffn(
     top_k: int,
     *,
     addend: Tensor | None = None,
+    balance_alpha: float | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> RoutedFFN:
     """Route every token, send it through its experts and sum the weighted results: `route`, then `expert_ffn`.
 
     Args:
@@ -32,22 +51,30 @@ def routed_ffn(
         w2: (E, D, F) float.
         top_k: K, at most E.
         addend: (T, D) float in x's dtype, added before the sum's rounding as in `expert_ffn`; None adds nothing.
+        balance_alpha: factor of the balance loss, see `route`; None means that it is not wanted.
         backend: "auto", "cuda" (Hopper; see `route` and `expert_ffn`), "triton" or "reference".
 
     Returns:
-        out (T, D) as `expert_ffn` gives it; probs (T, E) and tokens_per_expert (E,) as `route` does.
+        RoutedFFN.
     """
     tensors = (x, gate, w13, w2, addend)
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not wants_gradient and checks.autocast_dtype(x) == x.dtype == w13.dtype == w2.dtype:  # nothing is to be cast
+    dtype = checks.autocast_dtype(x)
+    if x.dtype == dtype:
         _check(*tensors, top_k)
-        fits = backends.whole_chunks(x.dtype, x.shape[1], w2.shape[2])
-        name = backends.resolve(backend, "expert_ffn", x.device, x.dtype, whole_chunks=fits)
+        fits = backends.whole_chunks(dtype, x.shape[1], w2.shape[2])
+        name = backends.resolve(backend, "expert_ffn", x.device, dtype, whole_chunks=fits)
         if name == router.resolve(backend, x, gate):
-            return _routed_ffn(x, gate, w13, w2, None if addend is None else addend.to(x.dtype), top_k, name)
-    routing = route(x, gate, top_k, backend=backend)
-    out = expert_ffn(x, w13, w2, routing.topk_weights, routing.plan, addend=addend, backend=backend)
-    return out, routing.probs, routing.plan.tokens_per_expert
+            w13, w2, addend = w13.to(dtype), w2.to(dtype), None if addend is None else addend.to(dtype)
+            if wants_gradient or balance_alpha is not None:
+                options = top_k, balance_alpha or 0.0, wants_gradient, name
+                out, probs, counts, balance, *_ = _routed_ffn_train(x, gate, w13, w2, addend, *options)
+                return RoutedFFN(out, probs, counts, None if balance_alpha is None else balance)
+            out, probs, counts = _routed_ffn(x, gate, w13, w2, addend, top_k, name)
+            return RoutedFFN(out, probs, counts)
+    routed = route(x, gate, top_k, balance_alpha=balance_alpha, backend=backend)
+    out = expert_ffn(x, w13, w2, routed.topk_weights, routed.plan, addend=addend, backend=backend)
+    return RoutedFFN(out, routed.probs, routed.plan.tokens_per_expert, routed.balance_loss)
 
 
 def _check(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, addend: Tensor | None, top_k: int) -> None:
@@ -87,4 +114,75 @@ _routed_ffn = define_op(
     " -> (Tensor, Tensor, Tensor)",
     _impl,
     _fake,
+)
+
+
+# ---- with gradients
+
+
+def _train_impl(
+    x: Tensor,
+    gate: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    addend: Tensor | None,
+    top_k: int,
+    balance_alpha: float,
+    save_h: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """out, probs, counts, balance loss, then what the gradients need: weights, ids, the plan's maps, h."""
+    tile_rows = configs.choose_tile_rows(x.shape[0] * top_k, gate.shape[0])
+    weights, ids, probs, balance, counts, *maps = run_route(x, gate, top_k, tile_rows, balance_alpha, backend)
+    offsets, row_to_slot, slot_to_row, *tiles = maps
+    plan = offsets, row_to_slot, slot_to_row, tiles[0], tiles[1], tile_rows
+    out, h = run_forward(x, w13, w2, weights, addend, *plan, save_h, backend)
+    return out, probs, counts, balance, weights, ids, *maps, h
+
+
+def _train_fake(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, addend: Tensor | None, top_k: int, *rest: Any):
+    _alpha, save_h, _backend = rest
+    num_tokens, num_experts = x.shape[0], gate.shape[0]
+    wide = reference.accumulation_dtype(torch.promote_types(x.dtype, gate.dtype))
+    ids = x.new_empty(num_tokens, top_k, dtype=torch.int32)
+    tile_rows = configs.choose_tile_rows(num_tokens * top_k, num_experts)
+    counts, *maps = routing.plan_fake(ids, num_experts, tile_rows)
+    h = x.new_empty(num_tokens * top_k if save_h else 0, w13.shape[1])
+    probs, weights = (x.new_empty(num_tokens, columns, dtype=wide) for columns in (num_experts, top_k))
+    return x.new_empty(x.shape), probs, counts, x.new_empty((), dtype=wide), weights, ids, *maps, h
+
+
+def _train_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, gate, w13, w2, _addend, top_k, alpha, _save_h, ctx.backend = inputs
+    _out, probs, counts, _balance, weights, ids, *maps, h = output
+    ctx.mark_non_differentiable(counts, weights, ids, *maps, h)
+    ctx.set_materialize_grads(False)
+    ctx.scale = balance_scale(x.shape[0], gate.shape[0], top_k, alpha)
+    ctx.tile_rows = configs.choose_tile_rows(x.shape[0] * top_k, gate.shape[0])
+    ctx.save_for_backward(x, gate, w13, w2, probs, counts, weights, ids, *maps, h)
+
+
+def _train_backward(ctx: Any, dout: Tensor | None, dprobs: Tensor | None, _: None, dbalance: Tensor | None, *__: None):
+    x, gate, w13, w2, probs, counts, weights, ids, *maps, h = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    dx = dgate = dw13 = dw2 = dweights = None
+    if dout is not None and any(wanted[:4]):
+        dx, dw13, dw2, dweights = expert_ffn_gradients(dout, h, x, w13, w2, weights, *maps, ctx.tile_rows, ctx.backend)
+    if dbalance is not None and ctx.scale != 0:
+        load = (dbalance * ctx.scale * counts.to(probs.dtype)).expand(probs.shape)
+        dprobs = load if dprobs is None else dprobs + load
+    if any(wanted[:2]) and not (dweights is None and dprobs is None):
+        dlogits = router.topk_softmax_gradient(dweights, dprobs, ids, probs, ctx.backend)
+        dx, dgate = router.logits_gradients(dlogits, x, gate, wanted, ctx.backend, dx)
+    grads = dx, dgate, dw13, dw2, dout
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=False)), *(None,) * 4
+
+
+_routed_ffn_train = define_op(
+    "routed_ffn_train(Tensor x, Tensor gate, Tensor w13, Tensor w2, Tensor? addend, int top_k, float balance_alpha,"
+    f" bool save_h, str backend) -> ({', '.join(['Tensor'] * 12)})",
+    _train_impl,
+    _train_fake,
+    setup_context=_train_setup,
+    backward=_train_backward,
 )

@@ -84,23 +84,55 @@ def _logits_fake(x: Tensor, gate: Tensor, backend: str) -> Tensor:
 
 
 def _logits_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1])
+    x, gate, ctx.backend = inputs
+    ctx.save_for_backward(x, gate)
 
 
 def _logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, gate = ctx.saved_tensors
-    return *logits_gradients(grad, x, gate, ctx.needs_input_grad), None
+    return *logits_gradients(grad, x, gate, ctx.needs_input_grad, ctx.backend), None
 
 
 def logits_gradients(
-    grad: Tensor, x: Tensor, gate: Tensor, wanted: Sequence[bool]
+    grad: Tensor, x: Tensor, gate: Tensor, wanted: Sequence[bool], backend: str, addend: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the logits x @ gate^T for x and gate, each where it is wanted; products in grad's dtype."""
-    with torch.autocast(x.device.type, enabled=False):
-        dx = (grad @ gate.to(grad.dtype)).to(x.dtype) if wanted[0] else None
-        dgate = (grad.T @ x.to(grad.dtype)).to(gate.dtype) if wanted[1] else None
-    return dx, dgate
+    """Gradients of the logits x @ gate^T for x, to which an addend is added before its one rounding, and for gate.
 
+    Each where it is wanted; products in grad's dtype.
+    """
+    wants_dx, wants_dgate = wanted[:2]
+    if not (wants_dx or wants_dgate):
+        return None, None
+    dx, dgate = _router_gradients(grad, x, gate, addend, wants_dx, wants_dgate, backend)
+    return dx if wants_dx else None, dgate if wants_dgate else None
+
+
+def _gradients_impl(
+    grad: Tensor, x: Tensor, gate: Tensor, addend: Tensor | None, wants_dx: bool, wants_dgate: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "cuda":
+        from .cuda_impl import routing as kernels
+
+        grad, x, gate = grad.contiguous(), x.contiguous(), gate.contiguous()
+        addend = None if addend is None else addend.contiguous()
+        dx, dgate = kernels.router_gradients(grad, x, gate, addend, wants_dx, wants_dgate)
+    else:  # Triton has no kernel for it: PyTorch's products
+        dx, dgate = reference.router_gradients(grad, x, gate, addend, wants_dx, wants_dgate)
+    return x.new_empty(0) if dx is None else dx, gate.new_empty(0) if dgate is None else dgate
+
+
+def _gradients_fake(
+    grad: Tensor, x: Tensor, gate: Tensor, addend: Tensor | None, wants_dx: bool, wants_dgate: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if wants_dx else (0,)), gate.new_empty(gate.shape if wants_dgate else (0,))
+
+
+_router_gradients = define_op(
+    "router_gradients(Tensor grad, Tensor x, Tensor gate, Tensor? addend, bool wants_dx, bool wants_dgate, str backend)"
+    " -> (Tensor, Tensor)",
+    _gradients_impl,
+    _gradients_fake,
+)
 
 _router_logits = define_op(
     "router_logits(Tensor x, Tensor gate, str backend) -> Tensor",

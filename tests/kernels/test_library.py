@@ -53,7 +53,12 @@ def op_samples(target) -> dict[str, tuple]:
         ),
         "route": (rand(t, d, grad=True), rand(e, d, grad=True), k, 16, 0.1, name),
         "routed_ffn": (rand(t, d), rand(e, d), rand(e, 2 * f, d), rand(e, d, f), rand(t, d), k, name),
+        "routed_ffn_train": (
+            rand(t, d, grad=True), rand(e, d, grad=True), rand(e, 2 * f, d, grad=True), rand(e, d, f, grad=True),
+            rand(t, d, grad=True), k, 0.1, True, name,
+        ),
         "router_logits": (rand(t, d, grad=True), rand(e, d, grad=True), name),
+        "router_gradients": (router(t, e), rand(t, d), rand(e, d), rand(t, d), True, True, name),
         "topk_softmax": (router(t, e, grad=True), k, name),
         "topk_softmax_backward": (router(t, k), router(t, e), ids.clamp(min=0), router(t, e).softmax(1), name),
         "permute": (rand(t, d, grad=True), *maps, k, name),
@@ -120,7 +125,7 @@ def test_opcheck(target, name, monkeypatch):
     torch.library.opcheck(getattr(torch.ops.dit_moe, name).default, sample, test_utils=tests)
 
 
-ROUTER_OPS = ["route", "router_logits", "routing_plan", "topk_softmax", "topk_softmax_backward"]
+ROUTER_OPS = ["route", "router_logits", "router_gradients", "routing_plan", "topk_softmax", "topk_softmax_backward"]
 NORM_OPS = [name for name in OP_NAMES if "norm" in name]
 
 
@@ -131,7 +136,8 @@ def test_opcheck_of_the_cuda_router_and_norms(target, name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("unpermute", 1), ("unpermute_weighted", 2), ("expert_ffn", 4), ("routed_ffn", 4)]
+    ("name", "place"),
+    [("unpermute", 1), ("unpermute_weighted", 2), ("expert_ffn", 4), ("routed_ffn", 4), ("router_gradients", 3)],
 )
 def test_opcheck_without_addend(name, place, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)

@@ -36,6 +36,25 @@ def router_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
     return logits_TE
 
 
+def router_gradients(
+    dlogits_TE: Tensor, x_TD: Tensor, gate_ED: Tensor, addend_TD: Tensor | None, wants_dx: bool, wants_dgate: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of router_logits for x_TD, with an addend, and gate_ED, each where it is wanted."""
+    dtype = gate_ED.dtype
+    x_TD, gate_ED = operands(x_TD, gate_ED)
+    dx_TD = torch.empty_like(x_TD) if wants_dx else None
+    dgate_ED = torch.empty_like(gate_ED) if wants_dgate else None
+    parts = dlogits_TE.new_empty(extension().ROUTER_PARTS, *gate_ED.shape) if wants_dgate else None
+    launch(
+        "router_gradients",
+        (dlogits_TE, x_TD, gate_ED, None if addend_TD is None else aligned(addend_TD), dx_TD, dgate_ED, parts),
+        (*x_TD.shape, gate_ED.shape[0]),
+        x_TD,
+        (x_TD.dtype, gate_ED.dtype),
+    )
+    return dx_TD, None if dgate_ED is None else dgate_ED.to(dtype)
+
+
 def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """logits_TE -> topk_weights_TK, topk_ids_TK int32, probs_TE."""
     weights_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)

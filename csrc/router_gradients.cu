@@ -1,0 +1,240 @@
+// Gradients of the router's scores, logits = x gate^T, for x and for the gate; see launch.h.
+//
+// Products and sums are fp32, and no thread needs what another has: each owns one word of 16 bytes of the columns. What
+// a token's gradients cost beside them, its E numbers, all threads of a warp read at the same address.
+#include <algorithm>
+
+#include "common.cuh"
+
+namespace dit_moe {
+namespace {
+
+constexpr int kTokens = 8;         // of a thread, whose results for x it has in registers together
+constexpr int kColumns = 4;        // of a thread, whose sums for the gate it has in registers together
+constexpr int kInFlight = 8;       // tokens of which a thread loads x together
+constexpr int kChunk = 32;         // tokens whose gradients of the scores a block has in shared memory together
+constexpr int kFewestTokens = 32;  // of a part
+constexpr int kSlices = 8;         // of the parts, added up side by side
+
+struct Arguments {
+  const float* dlogits;  // (T, E)
+  const void* x;         // (T, D)
+  const void* gate;      // (E, D)
+  const void* addend;    // (T, D), or null
+  void* dx;              // (T, D)
+  float* parts;          // (parts, E, D): each part's sum over its tokens
+  void* dgate;           // (E, D)
+  int64_t num_tokens;
+  int64_t part_tokens;
+  unsigned words;  // of a row of x
+  int depth, num_experts, num_parts;
+};
+
+// Neighbouring elements as floats, kCount of them in whole words of 16 bytes or, of a narrow type, in part of one.
+template <int kCount, typename T>
+__device__ __forceinline__ void load_floats(const T* address, float (&values)[kCount]) {
+  constexpr int bytes = kCount * sizeof(T), step = bytes < 16 ? bytes : 16;
+  static_assert(bytes % step == 0 && (step == 16 || step == 8), "words");
+  using Word = std::conditional_t<step == 16, uint4, uint2>;
+  T elements[kCount];
+#pragma unroll
+  for (int i = 0; i < bytes / step; ++i) {
+    const Word word = __ldg(reinterpret_cast<const Word*>(address) + i);
+    memcpy(reinterpret_cast<char*>(elements) + i * step, &word, step);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = to_float(elements[i]);
+}
+
+// dx[t] = addend[t] + sum over e of dlogits[t, e] gate[e], in the order of e.
+template <typename X, typename Gate>
+__global__ void __launch_bounds__(kThreads) tokens_kernel(const Arguments arguments) {
+  constexpr int kPack = kWideBytes / sizeof(X);
+  const unsigned word = blockIdx.x * blockDim.x + threadIdx.x;
+  if (word >= arguments.words) return;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTokens;
+  const int count = static_cast<int>(min(arguments.num_tokens - first, static_cast<int64_t>(kTokens)));
+  const auto* gate = static_cast<const Gate*>(arguments.gate) + word * kPack;
+  float sum[kTokens][kPack] = {};
+  if (arguments.addend != nullptr) {
+    const auto* addend = static_cast<const X*>(arguments.addend) + word * kPack;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) load_floats(addend + (first + min(t, count - 1)) * arguments.depth, sum[t]);
+  }
+  for (int e = 0; e < arguments.num_experts; ++e) {
+    float weight[kPack];
+    load_floats(gate + static_cast<int64_t>(e) * arguments.depth, weight);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {  // past the last token the last one again, whose result is not stored
+      const int64_t token = first + min(t, count - 1);
+      const float factor = __ldg(arguments.dlogits + token * arguments.num_experts + e);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) sum[t][i] = fmaf(factor, weight[i], sum[t][i]);
+    }
+  }
+  using L = Layout<X, kPack>;
+  auto* dx = static_cast<typename L::Word*>(arguments.dx) + first * arguments.words + word;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    if (t < count) store(dx + t * static_cast<int64_t>(arguments.words), pack<L>(sum[t]));
+  }
+}
+
+// parts[p, e] = sum over the tokens t of part p of dlogits[t, e] x[t], in the order of t, for kExperts experts. A
+// thread has kColumns of the columns.
+template <typename X, int kExperts>
+__global__ void __launch_bounds__(kThreads) parts_kernel(const Arguments arguments) {
+  __shared__ float4 factors[kChunk][kExperts / 4];  // zeros where there is no expert
+  const unsigned quad = blockIdx.x * blockDim.x + threadIdx.x;
+  const bool valid = quad * kColumns < static_cast<unsigned>(arguments.depth);
+  const int first_expert = blockIdx.z * kExperts, experts = min(arguments.num_experts - first_expert, kExperts);
+  const int64_t begin = blockIdx.y * arguments.part_tokens;
+  const int64_t end = min(begin + arguments.part_tokens, arguments.num_tokens);
+  const auto* x = static_cast<const X*>(arguments.x) + (valid ? quad * kColumns : 0);
+  float sum[kExperts][kColumns] = {};
+  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+    const int count = static_cast<int>(min(end - chunk, static_cast<int64_t>(kChunk)));
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * kExperts; i += blockDim.x) {
+      const int token = i / kExperts, expert = i % kExperts;
+      const float* dlogits = arguments.dlogits + (chunk + token) * arguments.num_experts + first_expert;
+      reinterpret_cast<float*>(factors[token])[expert] = expert < experts ? __ldg(dlogits + expert) : 0.0f;
+    }
+    __syncthreads();
+    for (int first = 0; first < count; first += kInFlight) {
+      float value[kInFlight][kColumns];
+#pragma unroll
+      for (int t = 0; t < kInFlight; ++t) {  // past the last token the last one again, which is not added
+        load_floats(x + (chunk + min(first + t, count - 1)) * arguments.depth, value[t]);
+      }
+#pragma unroll
+      for (int t = 0; t < kInFlight; ++t) {
+        if (first + t >= count) break;
+#pragma unroll
+        for (int group = 0; group < kExperts / 4; ++group) {
+          const float4 word = factors[first + t][group];
+          const float factor[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+          for (int i = 0; i < 4 * kColumns; ++i) {
+            float& target = sum[group * 4 + i / kColumns][i % kColumns];
+            target = fmaf(factor[i / kColumns], value[t][i % kColumns], target);
+          }
+        }
+      }
+    }
+  }
+  if (!valid) return;
+  const int64_t row = static_cast<int64_t>(blockIdx.y) * arguments.num_experts + first_expert;
+  float* out = arguments.parts + row * arguments.depth + quad * kColumns;
+#pragma unroll
+  for (int e = 0; e < kExperts; ++e) {
+    if (e >= experts) break;
+    *reinterpret_cast<float4*>(out + e * static_cast<int64_t>(arguments.depth)) = {sum[e][0], sum[e][1], sum[e][2],
+                                                                                   sum[e][3]};
+  }
+}
+
+// dgate = the sum of the parts. Each of a block's rows of threads adds up every kSlices-th part, in their order, and
+// the first then the rows' sums.
+template <typename Gate>
+__global__ void __launch_bounds__(kWarp* kSlices) gate_kernel(const Arguments arguments) {
+  __shared__ float sums[kSlices][kWarp];
+  const int64_t size = static_cast<int64_t>(arguments.num_experts) * arguments.depth;
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
+  float sum = 0.0f;
+  if (place < size) {
+#pragma unroll 8
+    for (int part = threadIdx.y; part < arguments.num_parts; part += kSlices) {
+      sum += __ldg(arguments.parts + part * size + place);
+    }
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || place >= size) return;
+  for (int slice = 1; slice < kSlices; ++slice) sum += sums[slice][threadIdx.x];
+  static_cast<Gate*>(arguments.dgate)[place] = static_cast<Gate>(sum);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sets part_tokens and num_parts.
+template <typename X>
+cudaError_t launch_parts(Arguments& arguments, cudaStream_t stream) {
+  arguments.num_parts = 0;
+  if (arguments.num_tokens == 0) return cudaSuccess;
+  const int64_t fewest = std::max<int64_t>(ceil_div(arguments.num_tokens, DIT_MOE_ROUTER_PARTS), kFewestTokens);
+  arguments.part_tokens = ceil_div(fewest, kInFlight) * kInFlight;
+  arguments.num_parts = static_cast<int>(ceil_div(arguments.num_tokens, arguments.part_tokens));
+  const unsigned quads = arguments.depth / kColumns, column_blocks = (quads + kThreads - 1) / kThreads;
+  const unsigned threads = ((quads + column_blocks - 1) / column_blocks + kWarp - 1) / kWarp * kWarp;
+  const bool few = arguments.num_experts <= 8;
+  const dim3 grid(column_blocks, static_cast<unsigned>(arguments.num_parts),
+                  static_cast<unsigned>(ceil_div(arguments.num_experts, few ? 8 : 16)));
+  const auto kernel = few ? parts_kernel<X, 8> : parts_kernel<X, 16>;
+  kernel<<<grid, threads, 0, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+template <typename X, typename Gate>
+cudaError_t launch(Arguments arguments, cudaStream_t stream) {
+  arguments.words = static_cast<unsigned>(arguments.depth / (kWideBytes / static_cast<int64_t>(sizeof(X))));
+  const auto threads = std::min<unsigned>(kThreads, (arguments.words + kWarp - 1) / kWarp * kWarp);
+  const unsigned column_blocks = (arguments.words + threads - 1) / threads;
+  if (arguments.dx != nullptr && arguments.num_tokens > 0) {
+    const dim3 grid(column_blocks, static_cast<unsigned>(ceil_div(arguments.num_tokens, kTokens)));
+    tokens_kernel<X, Gate><<<grid, threads, 0, stream>>>(arguments);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  if (arguments.dgate == nullptr) return cudaSuccess;
+  if (const cudaError_t error = launch_parts<X>(arguments, stream); error != cudaSuccess) return error;
+  const int64_t size = static_cast<int64_t>(arguments.num_experts) * arguments.depth;
+  gate_kernel<Gate><<<static_cast<unsigned>(ceil_div(size, kWarp)), dim3(kWarp, kSlices), 0, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+template <typename X>
+cudaError_t launch(const Arguments& arguments, bool gate_fp32, cudaStream_t stream) {
+  return gate_fp32 ? launch<X, float>(arguments, stream) : launch<X, X>(arguments, stream);
+}
+
+}  // namespace
+}  // namespace dit_moe
+
+extern "C" cudaError_t dit_moe_router_gradients(const float* dlogits, const void* x, const void* gate,
+                                                const void* addend, void* dx, void* dgate, float* parts,
+                                                int64_t num_tokens, int64_t depth, int64_t num_experts,
+                                                DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream) {
+  using namespace dit_moe;
+  constexpr int64_t most_tokens = int64_t{kTokens} * 65535;  // a grid's second dimension
+  const int64_t element = dtype == DIT_MOE_FLOAT32 ? 4 : 2;
+  if (num_tokens < 0 || num_tokens > most_tokens || depth < 1 || depth > 1 << 30 || depth * element % kWideBytes != 0 ||
+      num_experts < 1 || num_experts > 64 || (gate_dtype != dtype && gate_dtype != DIT_MOE_FLOAT32)) {
+    return cudaErrorInvalidValue;
+  }
+  for (const void* matrix : {x, gate, addend, const_cast<const void*>(dx), static_cast<const void*>(parts)}) {
+    if (reinterpret_cast<uintptr_t>(matrix) % kWideBytes != 0) return cudaErrorInvalidValue;
+  }
+  const Arguments arguments{dlogits,
+                            x,
+                            gate,
+                            addend,
+                            dx,
+                            parts,
+                            dgate,
+                            num_tokens,
+                            0,
+                            0,
+                            static_cast<int>(depth),
+                            static_cast<int>(num_experts),
+                            0};
+  const bool gate_fp32 = gate_dtype == DIT_MOE_FLOAT32;
+  switch (dtype) {
+    case DIT_MOE_FLOAT32:
+      return launch<float, float>(arguments, stream);
+    case DIT_MOE_FLOAT16:
+      return launch<__half>(arguments, gate_fp32, stream);
+    case DIT_MOE_BFLOAT16:
+      return launch<__nv_bfloat16>(arguments, gate_fp32, stream);
+  }
+  return cudaErrorInvalidValue;
+}
