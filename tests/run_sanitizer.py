@@ -38,7 +38,9 @@ SIZES = [(37, 4, 2, 72, 48, 16), (9, 3, 3, 33, 50, 16), (1, 8, 2, 40, 48, 16), (
 # images, tokens, width: in registers, narrow and wide, and in memory, by words and by elements
 NORM_SIZES = [(2, 5, 72), (3, 7, 33), (1, 19, 384), (2, 3, 1152), (1, 2, 2104)]
 ATTENTION_SIZES = [(1, 128, 1, 72), (140, 256, 1, 64), (2, 384, 3, 88)]  # images, tokens, heads, width
-MANY_TILES = (1200, 4, 2, 64, 1216)  # tokens, experts, choices, widths: several tiles for each block of a product
+# tokens, experts, choices, widths: several tiles for each block of a product, alone and, where the width is large, in
+# pairs, some of whose tiles are split or half empty
+MANY_TILES = [(1200, 4, 2, 64, 1216), (1200, 8, 2, 512, 1216)]
 HEAD_SIZES = [(2, 5, 3, 72), (1, 3, 2, 24), (1, 9, 5, 128)]  # images, tokens, heads, width
 
 
@@ -72,18 +74,18 @@ def run_layer(size: tuple[int, ...], dtype: torch.dtype, permute_backend: str) -
 
 
 def run_many_tiles(dtype: torch.dtype) -> None:
-    """The CUDA products and their gradients where a block goes from tile to tile, on Hopper."""
-    tokens, experts, top_k, width, hidden = MANY_TILES
-    x = torch.randn(tokens, width, device="cuda", dtype=dtype, requires_grad=True)
-    gate = torch.randn(experts, width, device="cuda", dtype=dtype)
-    w13 = torch.randn(experts, 2 * hidden, width, device="cuda", dtype=dtype, requires_grad=True)
-    w2 = torch.randn(experts, width, hidden, device="cuda", dtype=dtype, requires_grad=True)
-    weights, ids, _ = topk_softmax(router_logits(x.detach(), gate, backend="cuda"), top_k, backend="cuda")
-    plan = make_routing_plan(ids, experts, tile_rows=128, backend="cuda")
-    expert_ffn(x, w13, w2, weights.detach().requires_grad_(), plan, backend="cuda").sum().backward()
-    with torch.no_grad():
-        routed_ffn(x, gate, w13, w2, top_k, backend="cuda")
-    torch.cuda.synchronize()
+    """The routed layer in CUDA and its gradients where a block of a product goes from tile to tile, on Hopper."""
+    for tokens, experts, top_k, width, hidden in MANY_TILES:
+        x = torch.randn(tokens, width, device="cuda", dtype=dtype, requires_grad=True)
+        gate = torch.randn(experts, width, device="cuda", dtype=dtype, requires_grad=True)
+        w13 = torch.randn(experts, 2 * hidden, width, device="cuda", dtype=dtype, requires_grad=True)
+        w2 = torch.randn(experts, width, hidden, device="cuda", dtype=dtype, requires_grad=True)
+        routed = routed_ffn(x, gate, w13, w2, top_k, addend=x, balance_alpha=1.0, backend="cuda")
+        assert routed.balance_loss is not None
+        (routed.out.float().sum() + routed.balance_loss).backward()
+        with torch.no_grad():
+            routed_ffn(x, gate, w13, w2, top_k, backend="cuda")
+        torch.cuda.synchronize()
 
 
 def run_norms(dtype: torch.dtype, backend: str) -> None:

@@ -85,7 +85,7 @@ class AttentionBlock {
   __device__ __forceinline__ void prepare() const {
     if (threadIdx.x == 0) {
       prefetch_map(&map_main_);
-      prefetch_map(&map_rest_);
+      if constexpr (C::kRest > 0) prefetch_map(&map_rest_);
       prefetch_map(&map_values_);
       for (int slot = 0; slot < C::kSlots; ++slot) {
         barrier_init(landed(slot), 1);
@@ -326,7 +326,7 @@ class AttentionBlock {
   // By way of the queries' slot, where each warp's rows are its own again, to whole rows of memory.
   __device__ __forceinline__ void store(int block, int head, int group, int query_slot, Sums& sums) const {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");  // the other warps' products have read the queries
+    synchronize_group(group);  // the other warps' products have read the queries
     const int first_row = group * 64 + warp * 16;
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {

@@ -228,6 +228,16 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return value;
 }
 
+// Waits for the other warps of warpgroup 0 or 1, by a number that the compiler knows; it would count on all barriers
+// otherwise. Barrier 1 is the pipeline's.
+__device__ __forceinline__ void synchronize_group(int group) {
+  if (group == 0) {
+    asm volatile("bar.sync 2, 128;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 3, 128;" ::: "memory");
+  }
+}
+
 // ---- special functions, within a few units of fp32's last place
 
 constexpr float kLog2E = 1.44269504f;

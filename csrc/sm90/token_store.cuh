@@ -6,16 +6,6 @@
 
 namespace dit_moe::sm90 {
 
-// Of the warpgroup alone, by a number that the compiler knows; it would count on all barriers otherwise. Barrier 1 is
-// the pipeline's.
-__device__ __forceinline__ void synchronize_group(int group) {
-  if (group == 0) {
-    asm volatile("bar.sync 2, 128;" ::: "memory");
-  } else {
-    asm volatile("bar.sync 3, 128;" ::: "memory");
-  }
-}
-
 // Stores `rows` tokens of 64 columns from `out` on, or of `columns` if these are fewer.
 // staging: the warpgroup's. pairs: packed accumulators; of warp w's lane l, pairs[2 j] holds tokens 8 j + 2 (l % 4) (+
 // 1) of column 16 w + l / 4, and pairs[2 j + 1] those of column 16 w + l / 4 + 8.
