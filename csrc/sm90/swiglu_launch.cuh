@@ -46,25 +46,20 @@ cudaError_t launch_configuration(const SwiGLUProblem& problem, int multiprocesso
   return enqueue<SwiGLUBlock<C>>(map_a, map_b, arguments, clusters, product.stream);
 }
 
-// In clusters of two blocks, or alone where that is expected to be faster.
 template <typename Element, Epilogue kEpilogue, int kTileN>
 cudaError_t launch(const SwiGLUProblem& problem) {
-  using Pairs = SwiGLUConfig<Element, kEpilogue, kTileN, 2>;
   const Problem& product = problem.product;
   if (!valid(problem)) return cudaErrorInvalidValue;
   if (product.rows == 0) return cudaSuccess;
   int multiprocessors;
   const cudaError_t error = count_multiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;
-  const int64_t columns = product.width * (Pairs::kPaired ? 2 : 1);
-  const auto time = [&](int cluster) {
-    return expected_time(cluster, kTileN, product.depth > columns, product.rows, product.num_experts, columns,
-                         multiprocessors);
-  };
-  if (time(1) < time(2)) {
-    return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 1>>(problem, multiprocessors);
+  if constexpr (kEpilogue != Epilogue::kDSwiGLU) {
+    if (in_pairs(product.rows, product.num_experts, product.depth)) {
+      return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 2>>(problem, multiprocessors);
+    }
   }
-  return launch_configuration<Pairs>(problem, multiprocessors);
+  return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 1>>(problem, multiprocessors);
 }
 
 // The same for an element type known at run time.
