@@ -198,6 +198,16 @@ class Pipeline {
     drain<0>(ring, steps, group, lead, accumulators, multiply, prepare, [](int) {});
   }
 
+  // A consumer's part of a tile in which it has no rows.
+  __device__ __forceinline__ void pass(StageRing& ring, int steps, int group, int lead) const {
+    if (group == 1 && lead > 0) named_barrier_wait();
+    for (int step = 0; step < steps; ++step) {
+      barrier_wait(full(ring.stage), ring.phase);
+      release(ring.stage);
+      ring.advance();
+    }
+  }
+
  private:
   template <class T>
   struct alignas(16) Announcement {

@@ -13,6 +13,7 @@ struct Tile {
   int end;     // end of the expert's rows
   int column;  // in tiles
   bool split;  // along the columns: the cluster's blocks have the same rows
+  bool low;    // there are no rows in the lower half of kTileM
 };
 
 struct Place {
@@ -108,12 +109,10 @@ class TileScheduler {
       place = {before + rest - second * height, 2 * pair + second};
       tile.split = place.row == tiles_m();
     }
-    if (!tile.split) {
-      tile.row = start_ + place.row * kRows + block * kTileM;
-      tile.column = place.column;
-      return;
-    }
-    tile.row = start_ + tiles_m() * kRows;
+    tile.row = start_ + place.row * kRows + (tile.split ? 0 : block * kTileM);
+    tile.low = end_ - tile.row <= kTileM / 2;
+    tile.column = place.column;
+    if (!tile.split) return;
     tile.column = place.column / 2 * 2 + block;
     if (tile.column < tiles_n_) return;
     --tile.column;  // an odd number of columns: nothing is left for this block, which stores no row of its neighbour's

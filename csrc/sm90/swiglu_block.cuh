@@ -98,10 +98,11 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     typename Base::StageRing ring;
     Tile tile;
     while (this->template next_tile<false>(queue, tile)) {
-      this->fill(ring, steps_, Layout::kStageBytes, [&](int stage, int step) {
-        copy_rows(stage, tile, step);
-        copy_weights(stage, tile, step);
-      });
+      this->fill(ring, steps_, Layout::kStageBytes - (half_empty(tile) ? C::kRowBoxBytes : 0),
+                 [&](int stage, int step) {
+                   copy_rows(stage, tile, step);
+                   copy_weights(stage, tile, step);
+                 });
     }
   }
 
@@ -160,6 +161,9 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   }
 
  private:
+  // Whether the second consumer sits a tile out. (Where one of four warpgroups finishes, that was measured 1 % slower.)
+  static __device__ __forceinline__ bool half_empty(const Tile& tile) { return !kFinishes && tile.low; }
+
   // A tile is stored, piece by piece, beside the products of the next.
   __device__ __forceinline__ void multiply_and_store(int group) const {
     float accumulators[C::kTileN / 2];
@@ -171,6 +175,12 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     bool more = this->template next_tile<true>(queue, tile);
     int lead = C::kStagger < steps_ ? C::kStagger : steps_;
     while (more) {
+      if (group == 1 && half_empty(tile)) {  // what is still to be stored waits for the next tile
+        this->pass(ring, steps_, group, lead);
+        lead = 0;
+        more = this->template next_tile<true>(queue, tile);
+        continue;
+      }
       this->template drain<C::kPieces + 1>(
           ring, steps_, group, lead, accumulators,
           [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {},
@@ -212,6 +222,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   __device__ __forceinline__ void copy_rows(int stage, const Tile& tile, int step) const {
 #pragma unroll
     for (int box = 0; box < 2; ++box) {
+      if (box == 1 && half_empty(tile)) break;
       const uint32_t destination = stage_a(stage) + box * C::kRowBoxBytes;
       const int row = tile.row + box * (kTileM / 2);
       if (C::kCluster == 1 || !tile.split) {

@@ -80,6 +80,7 @@ const char* failure_of_tiles(const Case& c) {
         const Tile& tile = tiles[block];
         if (tile.split != first.split || tile.expert != first.expert) return "a pair does not agree";
         if (tile.split && (kCluster == 1 || tile.row != first.row)) return "a split tile's rows are not the same";
+        if (tile.low != (c.offsets[tile.expert + 1] - tile.row <= kTileM / 2)) return "a tile is low or is not";
         if (!tile.split && (tile.row != first.row + block * kTileM || tile.column != first.column)) {
           return "a pair's rows are no neighbours, or its columns not the same";
         }
