@@ -157,9 +157,10 @@ void route(Address x, Address gate, Address weights, Address ids, Address probs,
            DitMoeDtype gate_dtype, Address stream) {
   const DitMoePlan result =
       plan(tokens_per_expert, expert_offsets, row_to_slot, slot_to_row, tile_expert, tile_row, tile_rows);
-  check("route", dit_moe_route(pointer(x), pointer(gate), pointer<float>(weights), pointer<int32_t>(ids),
-                               pointer<float>(probs), pointer<float>(balance), &result, pointer(workspace), num_tokens,
-                               depth, num_experts, top_k, balance_scale, dtype, gate_dtype, stream_handle(stream)));
+  check("route",
+        dit_moe_route(pointer(x), pointer(gate), pointer<float>(weights), pointer<int32_t>(ids), pointer<float>(probs),
+                      pointer<float>(balance), &result, nullptr, pointer(workspace), num_tokens, depth, num_experts,
+                      top_k, balance_scale, dtype, gate_dtype, stream_handle(stream)));
 }
 
 #if DIT_MOE_SM90A

@@ -340,13 +340,14 @@ extern "C" cudaError_t dit_moe_router_logits(const void* x, const void* gate, fl
 }
 
 extern "C" cudaError_t dit_moe_route(const void* x, const void* gate, float* weights, int32_t* ids, float* probs,
-                                     float* balance, const DitMoePlan* plan, void* workspace, int64_t num_tokens,
-                                     int64_t depth, int64_t num_experts, int64_t top_k, double balance_scale,
-                                     DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream) {
+                                     float* balance, const DitMoePlan* plan, void* rows, void* workspace,
+                                     int64_t num_tokens, int64_t depth, int64_t num_experts, int64_t top_k,
+                                     double balance_scale, DitMoeDtype dtype, DitMoeDtype gate_dtype,
+                                     cudaStream_t stream) {
   using namespace dit_moe;
   const int64_t num_slots = num_tokens * top_k;
   if (!valid_router(x, gate, num_tokens, depth, num_experts, dtype, gate_dtype) || top_k < 1 || top_k > num_experts ||
-      !valid_plan(*plan, num_slots, num_experts)) {
+      !valid_plan(*plan, num_slots, num_experts) || reinterpret_cast<uintptr_t>(rows) % kWideBytes != 0) {
     return cudaErrorInvalidValue;
   }
   int32_t* const counts = static_cast<int32_t*>(workspace);
@@ -368,5 +369,15 @@ extern "C" cudaError_t dit_moe_route(const void* x, const void* gate, float* wei
     const cudaError_t error = launch_router(arguments, table, dtype, gate_dtype, stream);
     if (error != cudaSuccess) return error;
   }
-  return launch_place(ids, table, *plan, balance, static_cast<float>(balance_scale), num_slots, num_experts, stream);
+  const bool at_once = rows != nullptr && may_dispatch(table, num_experts);
+  Dispatch dispatch{};
+  if (at_once) {
+    const int64_t row_bytes = depth * (dtype == DIT_MOE_FLOAT32 ? 4 : 2);
+    dispatch = {static_cast<const uint4*>(x), static_cast<uint4*>(rows), static_cast<unsigned>(row_bytes / kWideBytes),
+                static_cast<unsigned>(top_k)};
+  }
+  const Balance wanted{balance, static_cast<float>(balance_scale)};
+  const cudaError_t error = launch_place(ids, table, *plan, wanted, dispatch, num_slots, num_experts, stream);
+  if (error != cudaSuccess || rows == nullptr || at_once) return error;
+  return dit_moe_permute(x, plan->row_to_slot, plan->slot_to_row, rows, num_tokens, depth, top_k, dtype, stream);
 }

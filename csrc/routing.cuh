@@ -33,10 +33,31 @@ inline bool valid_plan(const DitMoePlan& plan, int64_t num_slots, int64_t num_ex
          fits_in_31_bits(plan.tile_rows);
 }
 
-// From the counts to the plan, one launch. balance may be null; otherwise it is balance_scale * sum over the experts of
-// count * sum of probabilities. Id is int32_t or int64_t.
+// The balance loss, sum over the experts of count * sum of probabilities, times scale; null: it is not wanted.
+struct Balance {
+  float* loss;
+  float scale;
+};
+
+// Tokens that go to their rows at once; null: they do not.
+struct Dispatch {
+  const uint4* x;  // (T, words)
+  uint4* rows;     // (T * top_k, words)
+  unsigned words, top_k;
+};
+
+constexpr int64_t kMaxPlaceBlocks = 256;
+constexpr int64_t kPlaceSlots = 1024;  // that a block of it places at a time
+
+// Each block that dispatches reads all counts, and has its tokens' slots at once.
+inline bool may_dispatch(const CountTable& table, int64_t num_experts) {
+  constexpr int64_t few_counts = 8192;
+  return table.rows * num_experts <= few_counts && ceil_div(table.rows, kMaxPlaceBlocks) * table.slots <= kPlaceSlots;
+}
+
+// From the counts to the plan, one launch. Id is int32_t or int64_t.
 template <typename Id>
-cudaError_t launch_place(const Id* ids, const CountTable& table, const DitMoePlan& plan, float* balance,
-                         float balance_scale, int64_t num_slots, int64_t num_experts, cudaStream_t stream);
+cudaError_t launch_place(const Id* ids, const CountTable& table, const DitMoePlan& plan, const Balance& balance,
+                         const Dispatch& dispatch, int64_t num_slots, int64_t num_experts, cudaStream_t stream);
 
 }  // namespace dit_moe

@@ -1,4 +1,5 @@
-// The routing plan: a stable counting sort of slots by expert in two launches, count and place; see launch.h.
+// The routing plan: a stable counting sort of slots by expert in two launches, count and place; see launch.h. Where
+// there are few tokens, what places them can also copy them there.
 #include "routing.cuh"
 
 namespace dit_moe {
@@ -7,10 +8,10 @@ namespace {
 constexpr unsigned kFull = 0xffffffffu;
 constexpr int kPlanThreads = 512;
 constexpr int kWarps = kPlanThreads / kWarp;
-constexpr int kItems = 2;                      // slots of a thread
-constexpr int kChunk = kPlanThreads * kItems;  // slots that a block places at a time
-constexpr int kCountUnit = 512;                // slots that a block counts at a time
-constexpr int64_t kMaxPlaceBlocks = 256;
+constexpr int kItems = 2;  // slots of a thread
+constexpr int kChunk = kPlanThreads * kItems;
+static_assert(kChunk == kPlaceSlots, "a block's slots at a time");
+constexpr int kCountUnit = 512;  // slots that a block counts at a time
 
 template <typename Id>
 __device__ __forceinline__ int routed_expert(const Id* ids, int64_t slot, int64_t end, int num_experts) {
@@ -112,14 +113,39 @@ __device__ __forceinline__ void write_tiles(const Experts& experts, const DitMoe
   }
 }
 
+// A warp a token, of `count` tokens whose slots' rows are in shared memory.
+__device__ __forceinline__ void dispatch_tokens(const Dispatch& dispatch, int64_t first, int count, const int32_t* rows,
+                                                int warp, int lane) {
+  constexpr int batch = 6;  // words of a lane under way together: a token of G has as many
+  for (int token = warp; token < count; token += kWarps) {
+    const uint4* source = dispatch.x + (first + token) * dispatch.words;
+    for (unsigned start = lane; start < dispatch.words; start += batch * kWarp) {
+      uint4 words[batch];
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        if (start + i * kWarp < dispatch.words) words[i] = load_once(source + start + i * kWarp);
+      }
+      for (unsigned k = 0; k < dispatch.top_k; ++k) {
+        uint4* target = dispatch.rows + static_cast<int64_t>(rows[token * dispatch.top_k + k]) * dispatch.words;
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+          if (start + i * kWarp < dispatch.words) store(target + start + i * kWarp, words[i]);
+        }
+      }
+    }
+  }
+}
+
 // ids: (N,). Block b places the slots of `ranges` rows of the table; the last block has none and writes the summaries.
-template <typename Id>
+// With kDispatches a range is whole tokens, a block has at most kChunk slots, and all of them are routed.
+template <typename Id, bool kDispatches>
 __global__ void __launch_bounds__(kPlanThreads)
     place_kernel(const Id* __restrict__ ids, CountTable table, int ranges, DitMoePlan plan, int64_t num_tiles,
-                 float* __restrict__ balance, float balance_scale, int64_t num_slots, int num_experts) {
+                 Balance balance, Dispatch dispatch, int64_t num_slots, int num_experts) {
   __shared__ Experts experts;
   __shared__ int32_t warp_rows[kWarps][kMaxPlanExperts];  // counts of each warp's slots, then its next rows
   __shared__ int32_t scratch[kPlanThreads];
+  __shared__ int32_t rows_here[kDispatches ? kChunk : 1];  // of this block's slots
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const int first_range = min(table.rows, static_cast<int>(blockIdx.x) * ranges);
 
@@ -137,9 +163,9 @@ __global__ void __launch_bounds__(kPlanThreads)
       plan.expert_offsets[e] = experts.offset[e];
       if (e < num_experts) plan.tokens_per_expert[e] = experts.total[e];
     }
-    if (balance != nullptr && balance_scale == 0.0f) {
-      if (thread == 0) *balance = 0.0f;  // also where a probability is NaN
-    } else if (balance != nullptr) {
+    if (balance.loss != nullptr && balance.scale == 0.0f) {
+      if (thread == 0) *balance.loss = 0.0f;  // also where a probability is NaN
+    } else if (balance.loss != nullptr) {
       float* sums = reinterpret_cast<float*>(scratch);
       const float sum = column_sum(table.prob_sums, table.rows, num_experts, sums);
       if (thread < num_experts) sums[thread] = sum * static_cast<float>(before + after);
@@ -147,7 +173,7 @@ __global__ void __launch_bounds__(kPlanThreads)
       if (thread == 0) {
         float total = 0.0f;
         for (int e = 0; e < num_experts; ++e) total += sums[e];
-        *balance = balance_scale * total;
+        *balance.loss = balance.scale * total;
       }
     }
     return;
@@ -187,10 +213,16 @@ __global__ void __launch_bounds__(kPlanThreads)
       const int32_t row = expert[i] >= 0 ? warp_rows[warp][expert[i]] + rank[i] : -1;
       plan.slot_to_row[slot] = row;
       if (row >= 0) plan.row_to_slot[row] = static_cast<int32_t>(slot);
+      if constexpr (kDispatches) rows_here[slot - start] = row;
       // The last rows, as many as there are unrouted slots, belong to nobody: each block clears its share.
       if (slot >= used) plan.row_to_slot[slot] = -1;
     }
     __syncwarp();  // before the next chunk's counts replace the rows
+    if constexpr (kDispatches) {
+      __syncthreads();
+      const int count = static_cast<int>(end - start) / static_cast<int>(dispatch.top_k);
+      dispatch_tokens(dispatch, start / dispatch.top_k, count, rows_here, warp, lane);
+    }
   }
 }
 
@@ -205,25 +237,31 @@ cudaError_t launch_plan(const Id* ids, const DitMoePlan& plan, int32_t* counts, 
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   const CountTable table{counts, nullptr, static_cast<int>(ranges), static_cast<int>(slots)};
-  return launch_place(ids, table, plan, nullptr, 0.0f, num_slots, num_experts, stream);
+  return launch_place(ids, table, plan, {}, {}, num_slots, num_experts, stream);
 }
 
 }  // namespace
 
 template <typename Id>
-cudaError_t launch_place(const Id* ids, const CountTable& table, const DitMoePlan& plan, float* balance,
-                         float balance_scale, int64_t num_slots, int64_t num_experts, cudaStream_t stream) {
-  const int64_t ranges = std::max<int64_t>({1, ceil_div(kChunk, table.slots), ceil_div(table.rows, kMaxPlaceBlocks)});
+cudaError_t launch_place(const Id* ids, const CountTable& table, const DitMoePlan& plan, const Balance& balance,
+                         const Dispatch& dispatch, int64_t num_slots, int64_t num_experts, cudaStream_t stream) {
+  const bool dispatches = dispatch.x != nullptr;
+  const int64_t fewest = dispatches ? 1 : ceil_div(kChunk, table.slots);
+  const int64_t ranges = std::max<int64_t>({1, fewest, ceil_div(table.rows, kMaxPlaceBlocks)});
   const int64_t busy = std::min(num_slots, num_experts);  // each expert ends at most one partial tile
   const int64_t num_tiles = ceil_div(num_slots, plan.tile_rows) + busy - (num_slots > 0 ? 1 : 0);
-  place_kernel<<<static_cast<unsigned>(ceil_div(table.rows, ranges) + 1), kPlanThreads, 0, stream>>>(
-      ids, table, static_cast<int>(ranges), plan, num_tiles, balance, balance_scale, num_slots,
+  auto kernel = place_kernel<Id, false>;
+  if constexpr (std::is_same_v<Id, int32_t>) {  // as the router gives them
+    if (dispatches) kernel = place_kernel<Id, true>;
+  }
+  kernel<<<static_cast<unsigned>(ceil_div(table.rows, ranges) + 1), kPlanThreads, 0, stream>>>(
+      ids, table, static_cast<int>(ranges), plan, num_tiles, balance, dispatch, num_slots,
       static_cast<int>(num_experts));
   return cudaGetLastError();
 }
 
-template cudaError_t launch_place(const int32_t*, const CountTable&, const DitMoePlan&, float*, float, int64_t, int64_t,
-                                  cudaStream_t);
+template cudaError_t launch_place(const int32_t*, const CountTable&, const DitMoePlan&, const Balance&, const Dispatch&,
+                                  int64_t, int64_t, cudaStream_t);
 
 }  // namespace dit_moe
 

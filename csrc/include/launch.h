@@ -157,11 +157,12 @@ cudaError_t dit_moe_routing_plan(const void* ids, int64_t id_bytes, const DitMoe
                                  int64_t num_slots, int64_t num_experts, cudaStream_t stream);
 
 // dit_moe_router_logits, dit_moe_topk_softmax and dit_moe_routing_plan in two launches. balance may be NULL; otherwise
-// it is balance_scale * sum over e of tokens_per_expert[e] * (sum over t of probs[t, e]), 0 for a scale of 0.
+// it is balance_scale * sum over e of tokens_per_expert[e] * (sum over t of probs[t, e]), 0 for a scale of 0. rows may
+// be NULL; otherwise they are the tokens as dit_moe_permute puts them, where there are few tokens by the second launch.
 //   x (T, D) dtype, gate (E, D) gate_dtype, workspace as above
-//   -> weights (T, K) fp32, ids (T, K) int32, probs (T, E) fp32, balance () fp32, plan
+//   -> weights (T, K) fp32, ids (T, K) int32, probs (T, E) fp32, balance () fp32, plan, rows (T * K, D) dtype
 cudaError_t dit_moe_route(const void* x, const void* gate, float* weights, int32_t* ids, float* probs, float* balance,
-                          const DitMoePlan* plan, void* workspace, int64_t num_tokens, int64_t depth,
+                          const DitMoePlan* plan, void* rows, void* workspace, int64_t num_tokens, int64_t depth,
                           int64_t num_experts, int64_t top_k, double balance_scale, DitMoeDtype dtype,
                           DitMoeDtype gate_dtype, cudaStream_t stream);
 
@@ -223,8 +224,8 @@ cudaError_t dit_moe_qk_norm_attention(const void* qkv, const void* q_weight, con
                                       int64_t num_heads, int64_t width, double eps, DitMoeDtype dtype,
                                       DitMoeDtype weight_dtype, cudaStream_t stream);
 
-// The routed layer where no gradient follows: dit_moe_route, dit_moe_permute, dit_moe_grouped_swiglu,
-// dit_moe_grouped_gemm and dit_moe_unpermute, under the conditions of each. addend may be NULL.
+// The routed layer where no gradient follows: dit_moe_route with rows, dit_moe_grouped_swiglu, dit_moe_grouped_gemm and
+// dit_moe_unpermute, under the conditions of each. addend may be NULL.
 //   x (T, D) dtype, gate (E, D) gate_dtype, w13 (E, 2F, D) dtype, w2 (E, D, F) dtype, addend (T, D) dtype, workspace
 //   as many bytes as dit_moe_routed_ffn_workspace says (-1 for sizes out of range), at a multiple of 256
 //   -> out (T, D) dtype, probs (T, E) fp32, tokens_per_expert (E,) int32; depth is D, hidden F

@@ -1,4 +1,4 @@
-// The routed layer without gradients in one call or two: route, dispatch, both products, combine; see launch.h.
+// The routed layer without gradients in one call or two: route and dispatch, both products, combine; see launch.h.
 #include <algorithm>
 #include <limits>
 
@@ -90,10 +90,8 @@ extern "C" cudaError_t dit_moe_routed_ffn_products(const void* x, const void* ga
   w.plan.tokens_per_expert = tokens_per_expert;
   const int64_t rows = num_tokens * top_k;
   const int32_t* const offsets = w.plan.expert_offsets;
-  cudaError_t error = dit_moe_route(x, gate, w.weights, w.ids, probs, nullptr, &w.plan, w.routing, num_tokens, depth,
-                                    num_experts, top_k, 0.0, dtype, gate_dtype, stream);
-  if (error != cudaSuccess) return error;
-  error = dit_moe_permute(x, w.plan.row_to_slot, w.plan.slot_to_row, w.rows, num_tokens, depth, top_k, dtype, stream);
+  cudaError_t error = dit_moe_route(x, gate, w.weights, w.ids, probs, nullptr, &w.plan, w.rows, w.routing, num_tokens,
+                                    depth, num_experts, top_k, 0.0, dtype, gate_dtype, stream);
   if (error != cudaSuccess) return error;
   error = dit_moe_grouped_swiglu(w.rows, w13, offsets, activation, nullptr, rows, depth, hidden, num_experts, dtype,
                                  stream);
