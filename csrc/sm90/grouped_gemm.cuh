@@ -28,9 +28,8 @@ struct GroupedArguments {
   const int32_t* offsets;  // (num_experts + 1,), or null: one expert with all rows
   void* out;               // (rows, width)
   int num_experts;
-  int depth;       // K
-  int width;       // columns of out
-  int max_height;  // of a tile, a multiple of kHeightStep
+  int depth;  // K
+  int width;  // columns of out
   int64_t rows;
 };
 
@@ -54,11 +53,13 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     steps_ = (arguments.depth + kTileK - 1) / kTileK;
   }
 
-  // One thread.
+  // A warp: its lanes compare limits for the tiles' height by the experts' rows, and the first one schedules.
   __device__ __forceinline__ void schedule() const {
-    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
-    TokenScheduler scheduler(arguments_.offsets, arguments_.rows, arguments_.num_experts, tiles_n,
-                             arguments_.max_height, blockIdx.x / kCluster, gridDim.x / kCluster);
+    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns, clusters = gridDim.x / kCluster;
+    const int max_height = choose_height(tiles_n, clusters);
+    if (threadIdx.x % 32 != 0) return;
+    TokenScheduler scheduler(arguments_.offsets, arguments_.rows, arguments_.num_experts, tiles_n, max_height,
+                             blockIdx.x / kCluster, clusters);
     this->template announce<TokenTile>([&](TokenTile& tile) { return scheduler.next(rank(), tile); });
   }
 
@@ -88,6 +89,24 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   }
 
  private:
+  // By a warp, the same in each block. Of limits that take nearly as long it is the highest.
+  __device__ __forceinline__ int choose_height(int tiles_n, int clusters) const {
+    const int lane = threadIdx.x % 32;
+    HeightEstimate estimate(height_limit(min(lane, kHeightLimits - 1)), arguments_.depth);
+    if (arguments_.offsets == nullptr) estimate.add(static_cast<int>(arguments_.rows));
+    for (int first = 0; arguments_.offsets != nullptr && first < arguments_.num_experts; first += 32) {
+      const int expert = min(first + lane, arguments_.num_experts - 1);
+      const int rows = __ldg(arguments_.offsets + expert + 1) - __ldg(arguments_.offsets + expert);
+      const int count = min(arguments_.num_experts - first, 32);
+      for (int i = 0; i < count; ++i) estimate.add(__shfl_sync(0xffffffffu, rows, i));
+    }
+    const float time = estimate.time(tiles_n, clusters);
+    float least = time;
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) least = fminf(least, __shfl_xor_sync(0xffffffffu, least, lanes));
+    return height_limit(__ffs(__ballot_sync(0xffffffffu, time <= 1.005f * least)) - 1);
+  }
+
   // The weights of both warpgroups; shared, each block copies those of one for both blocks.
   __device__ __forceinline__ void copy_weights(int stage, const TokenTile& tile, int step) const {
 #pragma unroll

@@ -80,14 +80,12 @@ cudaError_t launch(const Problem& problem) {
   error = make_map(&map_w, problem.w, is_bf16, kTransposed ? problem.width : problem.depth,
                    kTransposed ? problem.depth : problem.width, problem.num_experts, 64);
   if (error != cudaSuccess) return error;
-  const GroupedArguments arguments{
-      problem.offsets,
-      problem.out,
-      static_cast<int>(problem.num_experts),
-      static_cast<int>(problem.depth),
-      static_cast<int>(problem.width),
-      choose_height(problem.rows, problem.num_experts, problem.depth, tiles_n, multiprocessors),
-      problem.rows};
+  const GroupedArguments arguments{problem.offsets,
+                                   problem.out,
+                                   static_cast<int>(problem.num_experts),
+                                   static_cast<int>(problem.depth),
+                                   static_cast<int>(problem.width),
+                                   problem.rows};
   const int64_t clusters = std::min<int64_t>(ceil_div(tiles_m * tiles_n, C::kCluster), multiprocessors / C::kCluster);
   return enqueue<Block<C>>(map_x, map_w, arguments, clusters, problem.stream);
 }

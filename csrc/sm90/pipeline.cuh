@@ -234,8 +234,8 @@ class Pipeline {
 template <class Block>
 constexpr int kThreads = (Block::kFinishes ? 4 : 3) * kGroupThreads;
 
-// Block is a Pipeline with produce() and schedule(), for one thread each, consume(group) and, if it has that warpgroup,
-// finish().
+// Block is a Pipeline with produce() for one thread, schedule() for a warp, consume(group) and, if it has that
+// warpgroup, finish().
 template <class Block>
 __global__ void __launch_bounds__(kThreads<Block>, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   if (group == 0) {
     give_registers<Block::kProducerRegisters>();
     if (threadIdx.x == 0) block.produce();
-    if (threadIdx.x == 32) block.schedule();
+    if (threadIdx.x / 32 == 1) block.schedule();
     __syncwarp();
   } else if (!Block::kFinishes || group < 3) {
     take_registers<Block::kConsumerRegisters>();

@@ -84,8 +84,9 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     steps_ = (arguments.depth + kTileK - 1) / kTileK;
   }
 
-  // One thread.
+  // A warp's first thread.
   __device__ __forceinline__ void schedule() const {
+    if (threadIdx.x % 32 != 0) return;
     const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
     TileScheduler<C::kCluster> scheduler(arguments_.offsets, arguments_.rows, arguments_.num_experts, tiles_n,
                                          C::kGroupM, blockIdx.x / C::kCluster, gridDim.x / C::kCluster);

@@ -40,60 +40,6 @@ Shape fastest(const Shape (&shapes)[kCount], const Time& time) {
   return best;
 }
 
-// ---- products with tiles of equal height (TokenScheduler)
-
-// A number that scatters, by its sums over cases that are as likely as one another.
-struct Likely {
-  double cases = 0.0, sum = 0.0, squares = 0.0;
-
-  void add(double value, double weight = 1.0) {
-    cases += weight;
-    sum += weight * value;
-    squares += weight * value * value;
-  }
-  double mean() const { return sum / cases; }
-  double deviation() const { return std::sqrt(std::max(squares / cases - mean() * mean(), 0.0)); }
-};
-
-// When the last pair of blocks is expected to be done with all experts' tiles of at most `limit` rows, where a tile
-// costs its height, and a low one waits for its weights. An expert's rows scatter about their mean as if every row
-// chose for itself, which seven numbers stand for. The constants are a fit to times on an H100 of heights from 192 to
-// 256, S to G, 2048 to 32768 tokens: what this chooses was on average 0.5 % slower than the best limit, at most 3 %.
-inline double expected_time(int limit, int64_t rows, int64_t num_experts, int64_t depth, int64_t column_tiles,
-                            int multiprocessors) {
-  constexpr double deviations[] = {-1.47, -0.79, -0.37, 0.0, 0.37, 0.79, 1.47};
-  const double experts = static_cast<double>(num_experts), mean = static_cast<double>(rows) / experts;
-  const double spread = num_experts > 1 ? std::sqrt(mean) : 0.0;
-  const double store = 300.0 * 64.0 / static_cast<double>(depth);  // what a tile costs beside the product
-  Likely count, cost;                                              // row tiles of an expert, and of each of them
-  for (const double deviation : deviations) {
-    const double expert_rows = std::max(mean + deviation * spread, 1.0);
-    const double tiles = std::ceil(expert_rows / limit);
-    const double height = std::ceil(expert_rows / tiles / kHeightStep) * kHeightStep;
-    count.add(tiles);
-    cost.add(std::max(height, 115.0 + 0.5 * height) + store, tiles);
-  }
-  const double share = static_cast<double>(column_tiles) / (multiprocessors / 2 * 2);  // of a row tile, for each pair
-  const double rounds = experts * share * count.mean(), scatter = std::sqrt(experts) * share * count.deviation();
-  const double whole = (std::ceil(rounds - scatter - 1e-9) + std::ceil(rounds + scatter - 1e-9)) / 2;
-  const double last = whole * cost.mean() + 0.5 * std::sqrt(whole) * cost.deviation();
-  return 0.8 * last + 0.2 * rounds * cost.mean();  // an incomplete round has the memory to itself
-}
-
-// The rows that such a product's tiles have at most, a multiple of kHeightStep, for the least expected time.
-inline int choose_height(int64_t rows, int64_t num_experts, int64_t depth, int64_t column_tiles, int multiprocessors) {
-  int best = kMaxHeight;
-  double best_time = std::numeric_limits<double>::infinity();
-  for (int limit = kMaxHeight; limit >= 3 * kHeightStep; limit -= kHeightStep) {
-    const double time = expected_time(limit, rows, num_experts, depth, column_tiles, multiprocessors);
-    if (time < 0.995 * best_time) {
-      best_time = time;
-      best = limit;
-    }
-  }
-  return best;
-}
-
 // ---- weight gradients: as many tiles for every expert, each as deep as the expert has rows
 
 struct WeightShape {

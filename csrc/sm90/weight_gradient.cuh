@@ -57,8 +57,9 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
                                          uint32_t shared)
       : Base(shared), map_a_(map_a), map_b_(map_b), arguments_(arguments) {}
 
-  // One thread.
+  // A warp's first thread.
   __device__ __forceinline__ void schedule() const {
+    if (threadIdx.x % 32 != 0) return;
     constexpr int rows = kTileM * (C::kTall ? 2 : 1), columns = C::kTileN * (C::kTall ? 1 : 2);  // of a cluster
     WeightScheduler scheduler(arguments_.offsets, arguments_.num_experts, (arguments_.height + rows - 1) / rows,
                               (arguments_.width + columns - 1) / columns, C::kGroupM, blockIdx.x / C::kCluster,
