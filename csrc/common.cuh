@@ -22,6 +22,8 @@ constexpr unsigned kWarp = 32;
 constexpr unsigned kThreads = 256;  // threads of a block
 constexpr int64_t kWideBytes = 16;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // ---- words
 
 // kPack neighbouring elements of type T, moved in one access.

@@ -1,7 +1,7 @@
 // Gradients of the router's scores, logits = x gate^T, for x and for the gate; see launch.h.
 //
-// Products and sums are fp32, and no thread needs what another has: each owns one word of 16 bytes of the columns. What
-// a token's gradients cost beside them, its E numbers, all threads of a warp read at the same address.
+// Products and sums are fp32. A thread owns a few columns, of several tokens for x and of a part of all tokens for the
+// gate, whose parts are added up behind. The E numbers of a token all threads of a warp read at the same address.
 #include <algorithm>
 
 #include "common.cuh"
@@ -50,9 +50,9 @@ __device__ __forceinline__ void load_floats(const T* address, float (&values)[kC
 template <typename X, typename Gate>
 __global__ void __launch_bounds__(kThreads) tokens_kernel(const Arguments arguments) {
   constexpr int kPack = kWideBytes / sizeof(X);
-  const unsigned word = blockIdx.x * blockDim.x + threadIdx.x;
+  const unsigned word = blockIdx.y * blockDim.x + threadIdx.x;
   if (word >= arguments.words) return;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTokens;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
   const int count = static_cast<int>(min(arguments.num_tokens - first, static_cast<int64_t>(kTokens)));
   const auto* gate = static_cast<const Gate*>(arguments.gate) + word * kPack;
   float sum[kTokens][kPack] = {};
@@ -155,8 +155,6 @@ __global__ void __launch_bounds__(kWarp* kSlices) gate_kernel(const Arguments ar
   static_cast<Gate*>(arguments.dgate)[place] = static_cast<Gate>(sum);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Sets part_tokens and num_parts.
 template <typename X>
 cudaError_t launch_parts(Arguments& arguments, cudaStream_t stream) {
@@ -181,7 +179,7 @@ cudaError_t launch(Arguments arguments, cudaStream_t stream) {
   const auto threads = std::min<unsigned>(kThreads, (arguments.words + kWarp - 1) / kWarp * kWarp);
   const unsigned column_blocks = (arguments.words + threads - 1) / threads;
   if (arguments.dx != nullptr && arguments.num_tokens > 0) {
-    const dim3 grid(column_blocks, static_cast<unsigned>(ceil_div(arguments.num_tokens, kTokens)));
+    const dim3 grid(static_cast<unsigned>(ceil_div(arguments.num_tokens, kTokens)), column_blocks);
     tokens_kernel<X, Gate><<<grid, threads, 0, stream>>>(arguments);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
@@ -205,9 +203,8 @@ extern "C" cudaError_t dit_moe_router_gradients(const float* dlogits, const void
                                                 int64_t num_tokens, int64_t depth, int64_t num_experts,
                                                 DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream) {
   using namespace dit_moe;
-  constexpr int64_t most_tokens = int64_t{kTokens} * 65535;  // a grid's second dimension
   const int64_t element = dtype == DIT_MOE_FLOAT32 ? 4 : 2;
-  if (num_tokens < 0 || num_tokens > most_tokens || depth < 1 || depth > 1 << 30 || depth * element % kWideBytes != 0 ||
+  if (!fits_in_31_bits(num_tokens) || depth < 1 || depth > 1 << 26 || depth * element % kWideBytes != 0 ||
       num_experts < 1 || num_experts > 64 || (gate_dtype != dtype && gate_dtype != DIT_MOE_FLOAT32)) {
     return cudaErrorInvalidValue;
   }

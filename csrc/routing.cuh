@@ -21,8 +21,6 @@ struct CountTable {
   int slots;  // of a range
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How many units of `num_units` each range takes, so that the table holds all ranges.
 inline int64_t units_per_range(int64_t num_units, int64_t num_experts) {
   return std::max<int64_t>(1, ceil_div(num_units, std::min(kMaxTableRows, kTableSize / num_experts)));

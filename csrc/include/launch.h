@@ -117,7 +117,7 @@ cudaError_t dit_moe_router_logits(const void* x, const void* gate, float* logits
                                   int64_t num_experts, DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream);
 
 // Gradients of the above for x and for the gate, in fp32: dx = addend + dlogits gate, dgate = dlogits^T x. The addend,
-// dx or dgate may be NULL; parts is only needed for the latter. T is at most 524280.
+// dx or dgate may be NULL; parts is only needed for the latter. D is at most 2^26.
 //   dlogits (T, E) fp32, x, addend (T, D) dtype, gate (E, D) gate_dtype -> dx (T, D) dtype, dgate (E, D) gate_dtype;
 //   parts (DIT_MOE_ROUTER_PARTS, E, D) fp32 is workspace
 enum { DIT_MOE_ROUTER_PARTS = 256 };

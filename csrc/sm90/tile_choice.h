@@ -4,11 +4,6 @@
 
 #include <stdint.h>
 
-#include <algorithm>
-#include <cmath>
-#include <iterator>
-#include <limits>
-
 namespace dit_moe::sm90 {
 
 constexpr int kTileM = 128;

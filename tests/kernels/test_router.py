@@ -109,7 +109,7 @@ def test_router_logits(target, shape):
 
 
 @pytest.mark.parametrize("target", gpu_targets("triton", "cuda", dtypes=[BF16, FP16, FP32]))
-@pytest.mark.parametrize("shape", [(4096, 8, 1152), (20000, 16, 1408), (3001, 60, 384)], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 8, 1152), (20000, 16, 1408), (3001, 60, 384), (530000, 4, 24)], ids=str)
 def test_router_logits_of_a_model(target, shape):
     check_router_logits(target, *shape)
 
