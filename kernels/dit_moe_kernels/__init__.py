@@ -19,7 +19,7 @@ from .norm_modulate import norm_modulate, residual_norm_modulate
 from .permute import permute, unpermute
 from .qk_norm import qk_norm
 from .route import Routing, route
-from .routed_ffn import routed_ffn
+from .routed_ffn import RoutedFFN, routed_ffn
 from .router import router_logits, topk_softmax
 from .routing import RoutingPlan, make_routing_plan
 from .updates import AVERAGE_PIECE, RandomBits, adamw_, average_, next_random_bits
@@ -30,6 +30,7 @@ __all__ = [
     "BackendUnavailableError",
     "KernelError",
     "RandomBits",
+    "RoutedFFN",
     "RoutingCounts",
     "Routing",
     "RoutingPlan",
