@@ -287,36 +287,9 @@ cudaError_t launch_tiles(Arguments arguments, CountTable& table, cudaStream_t st
 
 cudaError_t launch_router(const Arguments& arguments, CountTable& table, DitMoeDtype dtype, DitMoeDtype gate_dtype,
                           cudaStream_t stream) {
-  if (gate_dtype == DIT_MOE_FLOAT32) {
-    switch (dtype) {
-      case DIT_MOE_FLOAT32:
-        return launch_tiles<float, float>(arguments, table, stream);
-      case DIT_MOE_FLOAT16:
-        return launch_tiles<__half, float>(arguments, table, stream);
-      case DIT_MOE_BFLOAT16:
-        return launch_tiles<__nv_bfloat16, float>(arguments, table, stream);
-    }
-  }
-  if (gate_dtype == dtype && dtype == DIT_MOE_FLOAT16) return launch_tiles<__half, __half>(arguments, table, stream);
-  if (gate_dtype == dtype && dtype == DIT_MOE_BFLOAT16) {
-    return launch_tiles<__nv_bfloat16, __nv_bfloat16>(arguments, table, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
-bool valid_dtypes(DitMoeDtype dtype, DitMoeDtype gate_dtype) {
-  return dtype >= DIT_MOE_FLOAT32 && dtype <= DIT_MOE_BFLOAT16 &&
-         (gate_dtype == DIT_MOE_FLOAT32 || gate_dtype == dtype);
-}
-
-bool valid_router(const void* x, const void* gate, int64_t num_tokens, int64_t depth, int64_t num_experts,
-                  DitMoeDtype dtype, DitMoeDtype gate_dtype) {
-  for (const void* matrix : {x, gate}) {
-    if (reinterpret_cast<uintptr_t>(matrix) % kWideBytes != 0) return false;
-  }
-  const int64_t chunk = kWideBytes / (dtype == DIT_MOE_FLOAT32 ? 4 : 2);
-  return valid_dtypes(dtype, gate_dtype) && fits_in_31_bits(num_tokens) && depth > 0 && depth <= 1 << 30 &&
-         depth % chunk == 0 && num_experts >= 1 && num_experts <= kMaxRouterExperts;
+  return with_router_types(dtype, gate_dtype, [&](auto x, auto gate) {
+    return launch_tiles<decltype(x), decltype(gate)>(arguments, table, stream);
+  });
 }
 
 }  // namespace

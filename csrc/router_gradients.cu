@@ -4,7 +4,7 @@
 // gate, whose parts are added up behind. The E numbers of a token all threads of a warp read at the same address.
 #include <algorithm>
 
-#include "common.cuh"
+#include "router_inputs.cuh"
 
 namespace dit_moe {
 namespace {
@@ -190,11 +190,6 @@ cudaError_t launch(Arguments arguments, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename X>
-cudaError_t launch(const Arguments& arguments, bool gate_fp32, cudaStream_t stream) {
-  return gate_fp32 ? launch<X, float>(arguments, stream) : launch<X, X>(arguments, stream);
-}
-
 }  // namespace
 }  // namespace dit_moe
 
@@ -203,35 +198,25 @@ extern "C" cudaError_t dit_moe_router_gradients(const float* dlogits, const void
                                                 int64_t num_tokens, int64_t depth, int64_t num_experts,
                                                 DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream) {
   using namespace dit_moe;
-  const int64_t element = dtype == DIT_MOE_FLOAT32 ? 4 : 2;
-  if (!fits_in_31_bits(num_tokens) || depth < 1 || depth > 1 << 26 || depth * element % kWideBytes != 0 ||
-      num_experts < 1 || num_experts > 64 || (gate_dtype != dtype && gate_dtype != DIT_MOE_FLOAT32)) {
+  constexpr int64_t max_depth = 1 << 26;  // a grid's second dimension
+  if (!valid_router(x, gate, num_tokens, depth, num_experts, dtype, gate_dtype) || depth > max_depth) {
     return cudaErrorInvalidValue;
   }
-  for (const void* matrix : {x, gate, addend, const_cast<const void*>(dx), static_cast<const void*>(parts)}) {
+  for (const void* matrix : {addend, const_cast<const void*>(dx), static_cast<const void*>(parts)}) {
     if (reinterpret_cast<uintptr_t>(matrix) % kWideBytes != 0) return cudaErrorInvalidValue;
   }
-  const Arguments arguments{dlogits,
-                            x,
-                            gate,
-                            addend,
-                            dx,
-                            parts,
-                            dgate,
-                            num_tokens,
-                            0,
-                            0,
-                            static_cast<int>(depth),
-                            static_cast<int>(num_experts),
-                            0};
-  const bool gate_fp32 = gate_dtype == DIT_MOE_FLOAT32;
-  switch (dtype) {
-    case DIT_MOE_FLOAT32:
-      return launch<float, float>(arguments, stream);
-    case DIT_MOE_FLOAT16:
-      return launch<__half>(arguments, gate_fp32, stream);
-    case DIT_MOE_BFLOAT16:
-      return launch<__nv_bfloat16>(arguments, gate_fp32, stream);
-  }
-  return cudaErrorInvalidValue;
+  Arguments arguments{};
+  arguments.dlogits = dlogits;
+  arguments.x = x;
+  arguments.gate = gate;
+  arguments.addend = addend;
+  arguments.dx = dx;
+  arguments.parts = parts;
+  arguments.dgate = dgate;
+  arguments.num_tokens = num_tokens;
+  arguments.depth = static_cast<int>(depth);
+  arguments.num_experts = static_cast<int>(num_experts);
+  return with_router_types(dtype, gate_dtype, [&](auto x_type, auto gate_type) {
+    return launch<decltype(x_type), decltype(gate_type)>(arguments, stream);
+  });
 }

@@ -44,14 +44,8 @@ struct Dispatch {
   unsigned words, top_k;
 };
 
-constexpr int64_t kMaxPlaceBlocks = 256;
-constexpr int64_t kPlaceSlots = 1024;  // that a block of it places at a time
-
-// Each block that dispatches reads all counts, and has its tokens' slots at once.
-inline bool may_dispatch(const CountTable& table, int64_t num_experts) {
-  constexpr int64_t few_counts = 8192;
-  return table.rows * num_experts <= few_counts && ceil_div(table.rows, kMaxPlaceBlocks) * table.slots <= kPlaceSlots;
-}
+// Whether that is possible: there must be few tokens.
+bool may_dispatch(const CountTable& table, int64_t num_experts);
 
 // From the counts to the plan, one launch. Id is int32_t or int64_t.
 template <typename Id>

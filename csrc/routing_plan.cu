@@ -8,10 +8,10 @@ namespace {
 constexpr unsigned kFull = 0xffffffffu;
 constexpr int kPlanThreads = 512;
 constexpr int kWarps = kPlanThreads / kWarp;
-constexpr int kItems = 2;  // slots of a thread
-constexpr int kChunk = kPlanThreads * kItems;
-static_assert(kChunk == kPlaceSlots, "a block's slots at a time");
-constexpr int kCountUnit = 512;  // slots that a block counts at a time
+constexpr int kItems = 2;                      // slots of a thread
+constexpr int kChunk = kPlanThreads * kItems;  // slots that a block places at a time
+constexpr int kCountUnit = 512;                // slots that a block counts at a time
+constexpr int64_t kMaxPlaceBlocks = 256;
 
 template <typename Id>
 __device__ __forceinline__ int routed_expert(const Id* ids, int64_t slot, int64_t end, int num_experts) {
@@ -226,6 +226,9 @@ __global__ void __launch_bounds__(kPlanThreads)
   }
 }
 
+// Ranges that a block places at least, for there to be no more than kMaxPlaceBlocks.
+int64_t fewest_ranges(const CountTable& table) { return std::max<int64_t>(1, ceil_div(table.rows, kMaxPlaceBlocks)); }
+
 template <typename Id>
 cudaError_t launch_plan(const Id* ids, const DitMoePlan& plan, int32_t* counts, int64_t num_slots, int64_t num_experts,
                         cudaStream_t stream) {
@@ -242,12 +245,18 @@ cudaError_t launch_plan(const Id* ids, const DitMoePlan& plan, int32_t* counts, 
 
 }  // namespace
 
+// Each block that dispatches reads all counts, and has its tokens' slots at once.
+bool may_dispatch(const CountTable& table, int64_t num_experts) {
+  constexpr int64_t few_counts = 8192;
+  return table.rows * num_experts <= few_counts && fewest_ranges(table) * table.slots <= kChunk;
+}
+
 template <typename Id>
 cudaError_t launch_place(const Id* ids, const CountTable& table, const DitMoePlan& plan, const Balance& balance,
                          const Dispatch& dispatch, int64_t num_slots, int64_t num_experts, cudaStream_t stream) {
   const bool dispatches = dispatch.x != nullptr;
-  const int64_t fewest = dispatches ? 1 : ceil_div(kChunk, table.slots);
-  const int64_t ranges = std::max<int64_t>({1, fewest, ceil_div(table.rows, kMaxPlaceBlocks)});
+  const int64_t whole_chunk = dispatches ? 1 : ceil_div(kChunk, table.slots);
+  const int64_t ranges = std::max(whole_chunk, fewest_ranges(table));
   const int64_t busy = std::min(num_slots, num_experts);  // each expert ends at most one partial tile
   const int64_t num_tiles = ceil_div(num_slots, plan.tile_rows) + busy - (num_slots > 0 ? 1 : 0);
   auto kernel = place_kernel<Id, false>;

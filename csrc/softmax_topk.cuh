@@ -4,11 +4,9 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
-#include "common.cuh"
+#include "router_inputs.cuh"
 
 namespace dit_moe {
-
-constexpr int kMaxRouterExperts = 64;
 
 // Experts in whole groups of eight, 1, 2, 4 or 8 of them: what the router's kernels are compiled for.
 template <typename Launch>

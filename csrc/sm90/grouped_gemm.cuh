@@ -89,7 +89,7 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   }
 
  private:
-  // By a warp, the same in each block. Of limits that take nearly as long it is the highest.
+  // By a warp, the same in each block.
   __device__ __forceinline__ int choose_height(int tiles_n, int clusters) const {
     const int lane = threadIdx.x % 32;
     HeightEstimate estimate(height_limit(min(lane, kHeightLimits - 1)), arguments_.depth);
@@ -104,7 +104,7 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     float least = time;
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) least = fminf(least, __shfl_xor_sync(0xffffffffu, least, lanes));
-    return height_limit(__ffs(__ballot_sync(0xffffffffu, time <= 1.005f * least)) - 1);
+    return height_limit(__ffs(__ballot_sync(0xffffffffu, time <= kNearly * least)) - 1);
   }
 
   // The weights of both warpgroups; shared, each block copies those of one for both blocks.

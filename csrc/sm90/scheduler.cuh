@@ -143,11 +143,14 @@ class HeightEstimate {
     const auto rows = static_cast<float>(num_rows);
     const float tiles = rounded_up(rows, limit_);
     const float height = rounded_up(rows, fmaxf(tiles, 1.0f) * kHeightStep) * kHeightStep;
-    const float cost = fmaxf(height, 115.0f + 0.5f * height) + other_;
+    const float cost_here = cost(height);
     count_ += tiles;
-    sum_ += tiles * cost;
-    squares_ += tiles * cost * cost;
+    sum_ += tiles * cost_here;
+    squares_ += tiles * cost_here * cost_here;
   }
+
+  // Of a tile.
+  __device__ __forceinline__ float cost(float height) const { return fmaxf(height, 115.0f + 0.5f * height) + other_; }
 
   // tiles_n: of a row.
   __device__ __forceinline__ float time(int tiles_n, int clusters) const {
@@ -166,7 +169,9 @@ class HeightEstimate {
   float count_ = 0.0f, sum_ = 0.0f, squares_ = 0.0f;  // of tiles of a column, and their costs
 };
 
-// The limits that are compared: kMaxHeight, kMaxHeight - kHeightStep, ...
+// The limits that are compared: kMaxHeight, kMaxHeight - kHeightStep, ... The highest is taken whose time is nearly the
+// least.
+constexpr float kNearly = 1.005f;
 constexpr int kHeightLimits = kMaxHeight / kHeightStep - 2;
 __device__ __forceinline__ int height_limit(int number) { return kMaxHeight - number * kHeightStep; }
 

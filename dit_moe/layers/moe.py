@@ -143,9 +143,14 @@ class MoEFeedForward(nn.Module):
                 balance_alpha=1.0 if torch.is_grad_enabled() else None,
                 backend=gate.backend,
             )
-            layer = gate.top_k, self.balance_alpha
-            hidden = routed.out.view(x.shape)
-            return MoEOutput(hidden, routed.tokens_per_expert, routed.probs, *layer, balance=routed.balance_loss)
+            return MoEOutput(
+                routed.out.view(x.shape),
+                routed.tokens_per_expert,
+                routed.probs,
+                gate.top_k,
+                self.balance_alpha,
+                balance=routed.balance_loss,
+            )
         router_x_TD = x_TD if router_x is None else self._tokens("router_x", router_x, like=x)
         routing = self.gate(router_x_TD)
         counts = _Counts(routing.plan.tokens_per_expert, self.count_group)

@@ -94,7 +94,8 @@ def run_route(
     return weights, ids, probs, reference.balance(probs, plan[0], scale), *plan
 
 
-def _route_fake(x: Tensor, gate: Tensor, top_k: int, tile_rows: int, *_: Any) -> tuple[Tensor, ...]:
+def route_fake(x: Tensor, gate: Tensor, top_k: int, tile_rows: int, *_: Any) -> tuple[Tensor, ...]:
+    """What `run_route` returns, for torch.compile."""
     num_tokens, num_experts = x.shape[0], gate.shape[0]
     wide = reference.accumulation_dtype(torch.promote_types(x.dtype, gate.dtype))
     ids = x.new_empty(num_tokens, top_k, dtype=torch.int32)
@@ -119,22 +120,42 @@ def _setup(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
 def _backward(
     ctx: Any, dweights: Tensor | None, _dids: None, dprobs: Tensor | None, dbalance: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    x, gate, ids, probs, tokens_per_expert = ctx.saved_tensors
-    if dbalance is not None and ctx.scale != 0:
-        load = (dbalance * ctx.scale * tokens_per_expert.to(probs.dtype)).expand(probs.shape)
+    x, gate, ids, probs, counts = ctx.saved_tensors
+    routing = x, gate, ids, probs, counts, ctx.scale, ctx.needs_input_grad, ctx.backend
+    return *route_gradients((dweights, dprobs, dbalance), *routing), *(None,) * 4
+
+
+def route_gradients(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    gate: Tensor,
+    ids: Tensor,
+    probs: Tensor,
+    tokens_per_expert: Tensor,
+    scale: float,
+    wanted: Sequence[bool],
+    backend: str,
+    addend: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients for x, to which an addend is added, and gate, from those of the weights, of probs and of the balance.
+
+    scale: what `balance_scale` says. wanted: of x and gate.
+    """
+    dweights, dprobs, dbalance = grads
+    if dbalance is not None and scale != 0:
+        load = (dbalance * scale * tokens_per_expert.to(probs.dtype)).expand(probs.shape)
         dprobs = load if dprobs is None else dprobs + load
-    if dweights is None and dprobs is None:
-        return (None,) * 6
-    dlogits = router.topk_softmax_gradient(dweights, dprobs, ids, probs, ctx.backend)
-    dx, dgate = router.logits_gradients(dlogits, x, gate, ctx.needs_input_grad, ctx.backend)
-    return dx, dgate, None, None, None, None
+    if not any(wanted[:2]) or (dweights is None and dprobs is None):
+        return addend, None
+    dlogits = router.topk_softmax_gradient(dweights, dprobs, ids, probs, backend)
+    return router.logits_gradients(dlogits, x, gate, wanted, backend, addend)
 
 
 _route = define_op(
     "route(Tensor x, Tensor gate, int top_k, int tile_rows, float balance_alpha, str backend)"
     f" -> ({', '.join(['Tensor'] * 10)})",
     run_route,
-    _route_fake,
+    route_fake,
     setup_context=_setup,
     backward=_backward,
 )

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, configs, reference, router, routing
+from . import backends, checks, configs, reference, router
 from .expert_ffn import check_addend, check_expert_weights, expert_ffn, expert_ffn_gradients, run_forward
 from .library import define_op
-from .route import balance_scale, route, run_route
+from .route import balance_scale, route, route_fake, route_gradients, run_route
 
 
 class RoutedFFN(NamedTuple):
@@ -88,39 +88,7 @@ def _check(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, addend: Tensor | No
         check_addend(addend, x)
 
 
-def _impl(
-    x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, addend: Tensor | None, top_k: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "cuda":
-        from .cuda_impl import routed_ffn as kernels
-
-        x, gate, w13, w2 = (t.contiguous() for t in (x, gate, w13, w2))
-        return kernels.routed_ffn(x, gate, w13, w2, None if addend is None else addend.contiguous(), top_k)
-    tile_rows = configs.choose_tile_rows(x.shape[0] * top_k, gate.shape[0])
-    weights, _ids, probs, _balance, *plan = run_route(x, gate, top_k, tile_rows, 0.0, backend)
-    counts, offsets, row_to_slot, slot_to_row, *tiles = plan
-    maps = (offsets, row_to_slot, slot_to_row, tiles[0], tiles[1])
-    return run_forward(x, w13, w2, weights, addend, *maps, tile_rows, False, backend)[0], probs, counts
-
-
-def _fake(x: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wide = reference.accumulation_dtype(torch.promote_types(x.dtype, gate.dtype))
-    probs = x.new_empty(x.shape[0], gate.shape[0], dtype=wide)
-    return x.new_empty(x.shape), probs, x.new_empty(gate.shape[0], dtype=torch.int32)
-
-
-_routed_ffn = define_op(
-    "routed_ffn(Tensor x, Tensor gate, Tensor w13, Tensor w2, Tensor? addend, int top_k, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    _impl,
-    _fake,
-)
-
-
-# ---- with gradients
-
-
-def _train_impl(
+def _run_parts(
     x: Tensor,
     gate: Tensor,
     w13: Tensor,
@@ -140,16 +108,41 @@ def _train_impl(
     return out, probs, counts, balance, weights, ids, *maps, h
 
 
+def _impl(
+    x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, addend: Tensor | None, top_k: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "cuda":
+        from .cuda_impl import routed_ffn as kernels
+
+        x, gate, w13, w2 = (t.contiguous() for t in (x, gate, w13, w2))
+        return kernels.routed_ffn(x, gate, w13, w2, None if addend is None else addend.contiguous(), top_k)
+    out, probs, counts, *_ = _run_parts(x, gate, w13, w2, addend, top_k, 0.0, False, backend)
+    return out, probs, counts
+
+
+def _fake(x: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide = reference.accumulation_dtype(torch.promote_types(x.dtype, gate.dtype))
+    probs = x.new_empty(x.shape[0], gate.shape[0], dtype=wide)
+    return x.new_empty(x.shape), probs, x.new_empty(gate.shape[0], dtype=torch.int32)
+
+
+_routed_ffn = define_op(
+    "routed_ffn(Tensor x, Tensor gate, Tensor w13, Tensor w2, Tensor? addend, int top_k, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _impl,
+    _fake,
+)
+
+
+# ---- with gradients
+
+
 def _train_fake(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, addend: Tensor | None, top_k: int, *rest: Any):
     _alpha, save_h, _backend = rest
-    num_tokens, num_experts = x.shape[0], gate.shape[0]
-    wide = reference.accumulation_dtype(torch.promote_types(x.dtype, gate.dtype))
-    ids = x.new_empty(num_tokens, top_k, dtype=torch.int32)
-    tile_rows = configs.choose_tile_rows(num_tokens * top_k, num_experts)
-    counts, *maps = routing.plan_fake(ids, num_experts, tile_rows)
-    h = x.new_empty(num_tokens * top_k if save_h else 0, w13.shape[1])
-    probs, weights = (x.new_empty(num_tokens, columns, dtype=wide) for columns in (num_experts, top_k))
-    return x.new_empty(x.shape), probs, counts, x.new_empty((), dtype=wide), weights, ids, *maps, h
+    tile_rows = configs.choose_tile_rows(x.shape[0] * top_k, gate.shape[0])
+    weights, ids, probs, balance, counts, *maps = route_fake(x, gate, top_k, tile_rows)
+    h = x.new_empty(x.shape[0] * top_k if save_h else 0, w13.shape[1])
+    return x.new_empty(x.shape), probs, counts, balance, weights, ids, *maps, h
 
 
 def _train_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -165,15 +158,11 @@ def _train_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _train_backward(ctx: Any, dout: Tensor | None, dprobs: Tensor | None, _: None, dbalance: Tensor | None, *__: None):
     x, gate, w13, w2, probs, counts, weights, ids, *maps, h = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    dx = dgate = dw13 = dw2 = dweights = None
+    dx = dw13 = dw2 = dweights = None
     if dout is not None and any(wanted[:4]):
         dx, dw13, dw2, dweights = expert_ffn_gradients(dout, h, x, w13, w2, weights, *maps, ctx.tile_rows, ctx.backend)
-    if dbalance is not None and ctx.scale != 0:
-        load = (dbalance * ctx.scale * counts.to(probs.dtype)).expand(probs.shape)
-        dprobs = load if dprobs is None else dprobs + load
-    if any(wanted[:2]) and not (dweights is None and dprobs is None):
-        dlogits = router.topk_softmax_gradient(dweights, dprobs, ids, probs, ctx.backend)
-        dx, dgate = router.logits_gradients(dlogits, x, gate, wanted, ctx.backend, dx)
+    routing = x, gate, ids, probs, counts, ctx.scale, wanted, ctx.backend
+    dx, dgate = route_gradients((dweights, dprobs, dbalance), *routing, addend=dx)
     grads = dx, dgate, dw13, dw2, dout
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=False)), *(None,) * 4
 
@@ -181,7 +170,7 @@ def _train_backward(ctx: Any, dout: Tensor | None, dprobs: Tensor | None, _: Non
 _routed_ffn_train = define_op(
     "routed_ffn_train(Tensor x, Tensor gate, Tensor w13, Tensor w2, Tensor? addend, int top_k, float balance_alpha,"
     f" bool save_h, str backend) -> ({', '.join(['Tensor'] * 12)})",
-    _train_impl,
+    _run_parts,
     _train_fake,
     setup_context=_train_setup,
     backward=_train_backward,

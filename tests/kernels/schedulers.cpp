@@ -108,7 +108,7 @@ int chosen_height(const Case& c, int depth) {
     least = std::min(least, times[number]);
   }
   int number = 0;
-  while (times[number] > 1.005f * least) ++number;
+  while (times[number] > kNearly * least) ++number;
   return height_limit(number);
 }
 
@@ -120,7 +120,7 @@ double duration(Case c, int max_height, int depth) {
                              max_height, cluster, c.clusters);
     double time = 0.0;
     for (TokenTile tile; scheduler.next(0, tile);) {
-      time += std::max<double>(tile.height, 115.0 + 0.5 * tile.height) + 300.0 * 64.0 / depth;
+      time += HeightEstimate(max_height, depth).cost(static_cast<float>(tile.height));
     }
     last = std::max(last, time);
   }
