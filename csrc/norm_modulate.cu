@@ -1,8 +1,11 @@
-// norm_modulate, alone or behind a gated residual; see launch.h.
+// norm_modulate, alone or behind a gated residual, whose branch may be routed rows still to be combined; see launch.h.
+#include "combine.cuh"
 #include "norm_rows.cuh"
 
 namespace dit_moe {
 namespace {
+
+enum class Branch { kNone, kDense, kRouted };
 
 struct Arguments {
   const void *x, *gate, *y, *shift, *scale;
@@ -11,6 +14,13 @@ struct Arguments {
   unsigned num_tokens, words;
   float width, eps;
 };
+
+struct RoutedArguments : Arguments {
+  RoutedRows routed;  // of y
+};
+
+template <Branch kBranch>
+using ArgumentsOf = std::conditional_t<kBranch == Branch::kRouted, RoutedArguments, Arguments>;
 
 // x + gate * y, rounded to the stream's dtype.
 template <typename Layouts>
@@ -41,8 +51,8 @@ __device__ __forceinline__ typename Layouts::Branch::Word modulate(const typenam
 }
 
 // A group of lanes for each row, which it keeps in registers between its statistics and its output unless kWords is 0.
-template <typename Layouts, int kWords, bool kResidual>
-__global__ void __launch_bounds__(kNormThreads) norm_modulate_kernel(const Arguments a) {
+template <typename Layouts, int kWords, Branch kBranch>
+__global__ void __launch_bounds__(kNormThreads) norm_modulate_kernel(const ArgumentsOf<kBranch> a) {
   using Word = typename Layouts::Stream::Word;
   using BranchWord = typename Layouts::Branch::Word;
   const int64_t row = group_index();
@@ -55,9 +65,16 @@ __global__ void __launch_bounds__(kNormThreads) norm_modulate_kernel(const Argum
   Row<Word, kWords> x;
   x.load(static_cast<const Word*>(a.x) + first, a.words, once);
   float sum = 0.0f;
-  if constexpr (kResidual) {
-    Row<BranchWord, kWords> y, gate;
-    y.load(static_cast<const BranchWord*>(a.y) + first, a.words, once);
+  if constexpr (kBranch != Branch::kNone) {
+    std::conditional_t<kBranch == Branch::kRouted, CombinedRow<typename Layouts::Branch, kWords>,
+                       Row<BranchWord, kWords>>
+        y;
+    Row<BranchWord, kWords> gate;
+    if constexpr (kBranch == Branch::kRouted) {
+      y.load(static_cast<const BranchWord*>(a.y), a.routed, row, a.words);
+    } else {
+      y.load(static_cast<const BranchWord*>(a.y) + first, a.words, once);
+    }
     gate.load(static_cast<const BranchWord*>(a.gate) + image * a.gate_stride, a.words, shared);
     Word* total = static_cast<Word*>(a.total) + first;
     each_word<kWords>(a.words, [&](int i, unsigned column) {
@@ -93,10 +110,14 @@ __global__ void __launch_bounds__(kNormThreads) norm_modulate_kernel(const Argum
   });
 }
 
-template <bool kResidual>
-cudaError_t launch(Arguments a, int64_t width, DitMoeDtype dtype, DitMoeDtype branch_dtype, cudaStream_t stream) {
-  const std::initializer_list<Rows> branches = {
-      {a.y, width}, {a.gate, a.gate_stride}, {a.shift, a.shift_stride}, {a.scale, a.scale_stride}, {a.out, width}};
+template <Branch kBranch>
+cudaError_t launch(RoutedArguments a, int64_t width, DitMoeDtype dtype, DitMoeDtype branch_dtype, cudaStream_t stream) {
+  const std::initializer_list<Rows> branches = {{a.y, width},
+                                                {a.routed.addend, width},
+                                                {a.gate, a.gate_stride},
+                                                {a.shift, a.shift_stride},
+                                                {a.scale, a.scale_stride},
+                                                {a.out, width}};
   return with_norm_layouts(dtype, branch_dtype, {{a.x, width}, {a.total, width}}, branches, [&](auto layouts) {
     using Layouts = decltype(layouts);
     const int64_t words = width / Layouts::kPack;
@@ -105,7 +126,7 @@ cudaError_t launch(Arguments a, int64_t width, DitMoeDtype dtype, DitMoeDtype br
     for (int64_t* stride : {&a.gate_stride, &a.shift_stride, &a.scale_stride}) *stride /= Layouts::kPack;
     const auto [blocks, threads] = geometry(a.num_rows, words, kNormThreads);
     return with_words<Layouts::kPack>(words, [&, blocks = blocks, threads = threads](auto count) {
-      norm_modulate_kernel<Layouts, count.value, kResidual><<<blocks, threads, 0, stream>>>(a);
+      norm_modulate_kernel<Layouts, count.value, kBranch><<<blocks, threads, 0, stream>>>(a);
       return cudaGetLastError();
     });
   });
@@ -114,19 +135,25 @@ cudaError_t launch(Arguments a, int64_t width, DitMoeDtype dtype, DitMoeDtype br
 }  // namespace
 }  // namespace dit_moe
 
-extern "C" cudaError_t dit_moe_norm_modulate(const void* x, const void* gate, const void* y, const void* shift,
+extern "C" cudaError_t dit_moe_norm_modulate(const void* x, const void* gate, const void* y, const float* weights,
+                                             const void* addend, const int32_t* slot_to_row, const void* shift,
                                              const void* scale, void* total, void* out, int64_t num_images,
-                                             int64_t num_tokens, int64_t width, int64_t gate_stride,
+                                             int64_t num_tokens, int64_t width, int64_t top_k, int64_t gate_stride,
                                              int64_t shift_stride, int64_t scale_stride, double eps, DitMoeDtype dtype,
                                              DitMoeDtype branch_dtype, cudaStream_t stream) {
   using namespace dit_moe;
   if (!valid_norm(num_images, num_tokens, width)) return cudaErrorInvalidValue;
-  Arguments a = {};
+  if (slot_to_row != nullptr && (top_k < 1 || !fits_in_31_bits(num_images * num_tokens * top_k))) {
+    return cudaErrorInvalidValue;
+  }
+  RoutedArguments a = {};
   a.x = x, a.gate = gate, a.y = y, a.shift = shift, a.scale = scale;
+  a.routed = {weights, addend, slot_to_row, static_cast<unsigned>(top_k)};
   a.total = total, a.out = out;
   a.num_rows = num_images * num_tokens, a.num_tokens = static_cast<unsigned>(num_tokens);
   a.gate_stride = gate_stride, a.shift_stride = shift_stride, a.scale_stride = scale_stride;
   a.width = static_cast<float>(width), a.eps = static_cast<float>(eps);
-  return y == nullptr ? launch<false>(a, width, dtype, branch_dtype, stream)
-                      : launch<true>(a, width, dtype, branch_dtype, stream);
+  if (y == nullptr) return launch<Branch::kNone>(a, width, dtype, branch_dtype, stream);
+  return slot_to_row == nullptr ? launch<Branch::kDense>(a, width, dtype, branch_dtype, stream)
+                                : launch<Branch::kRouted>(a, width, dtype, branch_dtype, stream);
 }

@@ -57,13 +57,15 @@ void swiglu_backward(Address dout, Address h, Address dh, int64_t num_rows, int6
         dit_moe_swiglu_backward(pointer(dout), pointer(h), pointer(dh), num_rows, width, dtype, stream_handle(stream)));
 }
 
-void norm_modulate(Address x, Address gate, Address y, Address shift, Address scale, Address total, Address out,
-                   int64_t num_images, int64_t num_tokens, int64_t width, int64_t gate_stride, int64_t shift_stride,
-                   int64_t scale_stride, double eps, DitMoeDtype dtype, DitMoeDtype branch_dtype, Address stream) {
+void norm_modulate(Address x, Address gate, Address y, Address weights, Address addend, Address slot_to_row,
+                   Address shift, Address scale, Address total, Address out, int64_t num_images, int64_t num_tokens,
+                   int64_t width, int64_t top_k, int64_t gate_stride, int64_t shift_stride, int64_t scale_stride,
+                   double eps, DitMoeDtype dtype, DitMoeDtype branch_dtype, Address stream) {
   check("norm_modulate",
-        dit_moe_norm_modulate(pointer(x), pointer(gate), pointer(y), pointer(shift), pointer(scale), pointer(total),
-                              pointer(out), num_images, num_tokens, width, gate_stride, shift_stride, scale_stride, eps,
-                              dtype, branch_dtype, stream_handle(stream)));
+        dit_moe_norm_modulate(pointer(x), pointer(gate), pointer(y), pointer<float>(weights), pointer(addend),
+                              pointer<int32_t>(slot_to_row), pointer(shift), pointer(scale), pointer(total),
+                              pointer(out), num_images, num_tokens, width, top_k, gate_stride, shift_stride,
+                              scale_stride, eps, dtype, branch_dtype, stream_handle(stream)));
 }
 
 void norm_modulate_backward(Address dout, Address dsum, Address x, Address gate, Address y, Address scale, Address dx,
@@ -221,20 +223,14 @@ void routed_ffn(Address x, Address gate, Address w13, Address w2, Address addend
 }
 
 void routed_ffn_products(Address x, Address gate, Address w13, Address w2, Address probs, Address tokens_per_expert,
-                         Address activation, Address workspace, int64_t num_tokens, int64_t depth, int64_t hidden,
-                         int64_t num_experts, int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype,
-                         Address stream) {
+                         Address rows, Address weights, Address slot_to_row, Address activation, Address workspace,
+                         int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k,
+                         DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
   check("routed_ffn_products",
         dit_moe_routed_ffn_products(pointer(x), pointer(gate), pointer(w13), pointer(w2), pointer<float>(probs),
-                                    pointer<int32_t>(tokens_per_expert), pointer(activation), pointer(workspace),
-                                    num_tokens, depth, hidden, num_experts, top_k, dtype, gate_dtype,
-                                    stream_handle(stream)));
-}
-
-void routed_ffn_combine(Address addend, Address out, Address workspace, int64_t num_tokens, int64_t depth,
-                        int64_t num_experts, int64_t top_k, DitMoeDtype dtype, Address stream) {
-  check("routed_ffn_combine", dit_moe_routed_ffn_combine(pointer(addend), pointer(out), pointer(workspace), num_tokens,
-                                                         depth, num_experts, top_k, dtype, stream_handle(stream)));
+                                    pointer<int32_t>(tokens_per_expert), pointer(rows), pointer<float>(weights),
+                                    pointer<int32_t>(slot_to_row), pointer(activation), pointer(workspace), num_tokens,
+                                    depth, hidden, num_experts, top_k, dtype, gate_dtype, stream_handle(stream)));
 }
 
 int64_t routed_ffn_workspace(int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k) {
@@ -275,9 +271,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dtype"), py::arg("stream"));
   module.def("swiglu_backward", &swiglu_backward, Unlocked(), py::arg("dout"), py::arg("h"), py::arg("dh"),
              py::arg("num_rows"), py::arg("width"), py::arg("dtype"), py::arg("stream"));
-  module.def("norm_modulate", &norm_modulate, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("y"), py::arg("shift"),
-             py::arg("scale"), py::arg("total"), py::arg("out"), py::arg("num_images"), py::arg("num_tokens"),
-             py::arg("width"), py::arg("gate_stride"), py::arg("shift_stride"), py::arg("scale_stride"), py::arg("eps"),
+  module.def("norm_modulate", &norm_modulate, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("y"),
+             py::arg("weights"), py::arg("addend"), py::arg("slot_to_row"), py::arg("shift"), py::arg("scale"),
+             py::arg("total"), py::arg("out"), py::arg("num_images"), py::arg("num_tokens"), py::arg("width"),
+             py::arg("top_k"), py::arg("gate_stride"), py::arg("shift_stride"), py::arg("scale_stride"), py::arg("eps"),
              py::arg("dtype"), py::arg("branch_dtype"), py::arg("stream"));
   module.def("norm_modulate_backward", &norm_modulate_backward, Unlocked(), py::arg("dout"), py::arg("dsum"),
              py::arg("x"), py::arg("gate"), py::arg("y"), py::arg("scale"), py::arg("dx"), py::arg("dy"),
@@ -343,12 +340,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"),
              py::arg("dtype"), py::arg("gate_dtype"), py::arg("stream"));
   module.def("routed_ffn_products", &routed_ffn_products, Unlocked(), py::arg("x"), py::arg("gate"), py::arg("w13"),
-             py::arg("w2"), py::arg("probs"), py::arg("tokens_per_expert"), py::arg("activation"), py::arg("workspace"),
-             py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"),
-             py::arg("dtype"), py::arg("gate_dtype"), py::arg("stream"));
-  module.def("routed_ffn_combine", &routed_ffn_combine, Unlocked(), py::arg("addend"), py::arg("out"),
-             py::arg("workspace"), py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("top_k"),
-             py::arg("dtype"), py::arg("stream"));
+             py::arg("w2"), py::arg("probs"), py::arg("tokens_per_expert"), py::arg("rows"), py::arg("weights"),
+             py::arg("slot_to_row"), py::arg("activation"), py::arg("workspace"), py::arg("num_tokens"),
+             py::arg("depth"), py::arg("hidden"), py::arg("num_experts"), py::arg("top_k"), py::arg("dtype"),
+             py::arg("gate_dtype"), py::arg("stream"));
   module.def("routed_ffn_workspace", &routed_ffn_workspace, py::arg("num_tokens"), py::arg("depth"), py::arg("hidden"),
              py::arg("num_experts"), py::arg("top_k"));
 #endif

@@ -1,71 +1,25 @@
 // unpermute (combine) and the gradients of its weighted form; see launch.h.
-#include "common.cuh"
+#include "combine.cuh"
 
 namespace dit_moe {
 namespace {
 
-constexpr int kBatch = 2;    // words of a row that a lane has in flight together ...
-constexpr int kChoices = 2;  // ... times rows of a token, in unpermute
+constexpr int kBatch = 2;  // words of a row that a lane has in flight together, in unpermute times rows of a token
 
-// y: (N, words), weights: (T, K) or null, addend: (T, words) or null, slot_to_row: (T * K,), out: (T, words).
+// y: (N, words), out: (T, words).
 template <typename L>
 __global__ void __launch_bounds__(kThreads)
-    unpermute_kernel(const typename L::Word* __restrict__ y, const float* __restrict__ weights,
-                     const typename L::Word* __restrict__ addend, const int32_t* __restrict__ slot_to_row,
-                     typename L::Word* __restrict__ out, int64_t num_tokens, unsigned words, unsigned top_k) {
-  using Word = typename L::Word;
+    unpermute_kernel(const typename L::Word* __restrict__ y, const RoutedRows routed,
+                     typename L::Word* __restrict__ out, int64_t num_tokens, unsigned words) {
   const int64_t token = group_index();
   if (token >= num_tokens) return;
-  const int64_t first_slot = token * top_k;
-  Word* target = out + token * words;
+  typename L::Word* target = out + token * words;
   const unsigned lanes = blockDim.x;
   walk_row<kBatch>(words, [&](auto count, unsigned column) {
-    float sum[count.value][L::kPack] = {};
-    Word start[count.value];
-    if (addend != nullptr) {
+    typename L::Word result[count.value];
+    combine_words<L>(y, routed, token, words, column, lanes, [](int) { return true; }, result);
 #pragma unroll
-      for (int c = 0; c < count.value; ++c) start[c] = load_once(addend + token * words + column + c * lanes);
-    }
-    for (unsigned k = 0; k < top_k; k += kChoices) {
-      int32_t row[kChoices];
-      float weight[kChoices];
-      Word word[kChoices][count.value];
-#pragma unroll
-      for (int j = 0; j < kChoices; ++j) {
-        row[j] = k + j < top_k ? slot_to_row[first_slot + k + j] : -1;
-        weight[j] = row[j] >= 0 && weights != nullptr ? weights[first_slot + k + j] : 1.0f;
-      }
-#pragma unroll
-      for (int j = 0; j < kChoices; ++j) {
-        const Word* source = y + static_cast<int64_t>(row[j]) * words + column;
-#pragma unroll
-        for (int c = 0; c < count.value; ++c) {
-          if (row[j] >= 0) word[j][c] = load_once(source + c * lanes);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kChoices; ++j) {
-        if (row[j] < 0) continue;
-#pragma unroll
-        for (int c = 0; c < count.value; ++c) {
-          float value[L::kPack];
-          unpack<L>(word[j][c], value);
-#pragma unroll
-          for (int i = 0; i < L::kPack; ++i) sum[c][i] += weight[j] * value[i];
-        }
-      }
-    }
-    if (addend != nullptr) {  // last, so that its load has the whole loop to come
-#pragma unroll
-      for (int c = 0; c < count.value; ++c) {
-        float value[L::kPack];
-        unpack<L>(start[c], value);
-#pragma unroll
-        for (int i = 0; i < L::kPack; ++i) sum[c][i] += value[i];
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < count.value; ++c) store(target + column + c * lanes, pack<L>(sum[c]));
+    for (int c = 0; c < count.value; ++c) store(target + column + c * lanes, result[c]);
   });
 }
 
@@ -129,8 +83,8 @@ extern "C" cudaError_t dit_moe_unpermute(const void* y, const float* weights, co
     if (num_tokens == 0 || words == 0) return cudaSuccess;
     const auto [blocks, threads] = geometry(num_tokens, words);
     unpermute_kernel<L><<<blocks, threads, 0, stream>>>(
-        static_cast<const Word*>(y), weights, static_cast<const Word*>(addend), slot_to_row, static_cast<Word*>(out),
-        num_tokens, static_cast<unsigned>(words), static_cast<unsigned>(top_k));
+        static_cast<const Word*>(y), RoutedRows{weights, addend, slot_to_row, static_cast<unsigned>(top_k)},
+        static_cast<Word*>(out), num_tokens, static_cast<unsigned>(words));
     return cudaGetLastError();
   });
 }

@@ -62,12 +62,16 @@ cudaError_t dit_moe_swiglu_backward(const void* dout, const void* h, void* dh, i
 
 // out = (total - mean) / sqrt(variance + eps) * (1 + scale) + shift, mean and variance being the row's, where
 // total = x + gate * y, rounded to dtype. gate, y and total may be NULL, all three: then x takes the place of total.
-//   x (B, N, D) dtype, gate (B, D) branch_dtype, y (B, N, D) branch_dtype, shift and scale (B, D) branch_dtype
+// With slot_to_row, y are rows that are combined on the way, as dit_moe_unpermute combines them, with its rounding;
+// otherwise weights and addend are not looked at.
+//   x (B, N, D) dtype, gate (B, D) branch_dtype, y (B, N, D) or (B * N * K, D) branch_dtype, weights (B * N, K) fp32,
+//   addend (B, N, D) branch_dtype, slot_to_row (B * N * K,), shift and scale (B, D) branch_dtype
 //   -> total (B, N, D) dtype, out (B, N, D) branch_dtype
-cudaError_t dit_moe_norm_modulate(const void* x, const void* gate, const void* y, const void* shift, const void* scale,
+cudaError_t dit_moe_norm_modulate(const void* x, const void* gate, const void* y, const float* weights,
+                                  const void* addend, const int32_t* slot_to_row, const void* shift, const void* scale,
                                   void* total, void* out, int64_t num_images, int64_t num_tokens, int64_t width,
-                                  int64_t gate_stride, int64_t shift_stride, int64_t scale_stride, double eps,
-                                  DitMoeDtype dtype, DitMoeDtype branch_dtype, cudaStream_t stream);
+                                  int64_t top_k, int64_t gate_stride, int64_t shift_stride, int64_t scale_stride,
+                                  double eps, DitMoeDtype dtype, DitMoeDtype branch_dtype, cudaStream_t stream);
 
 // Gradients of the above, x being the total where there was one: with dn = dout * (1 + scale) behind the normalisation,
 //   dx = (dn - mean of dn - n * mean of dn n) / sqrt(variance + eps) + dsum, n being the normalised row, and dy = gate
@@ -214,9 +218,9 @@ cudaError_t dit_moe_grouped_gemm_dw(const void* grad, const void* x, const int32
                                     int32_t accumulate, DitMoeDtype dw_dtype, DitMoeDtype dtype, cudaStream_t stream);
 
 // Attention of every image's tokens among themselves, scaled by width^-0.5, of queries and keys that are LayerNorms
-// with these weights and biases of the packed ones; rounded to dtype after the norm and as shares of the values. width,
-// of a head, is 64, 72 or 88, num_tokens a multiple of 128. qkv and out lie at multiples of 16 bytes. weight_dtype is
-// fp32 or dtype.
+// with these weights and biases of the packed ones; rounded to dtype after the norm (queries with that scale and, for a
+// softmax to the base of 2, log2 e) and as shares of the values. width, of a head, is 64, 72 or 88, num_tokens a
+// multiple of 128. qkv and out lie at multiples of 16 bytes. weight_dtype is fp32 or dtype.
 //   qkv (B, N, 3, H, width) dtype, q_weight, q_bias, k_weight, k_bias (width,) weight_dtype -> out (B, N, H, width)
 //   dtype
 cudaError_t dit_moe_qk_norm_attention(const void* qkv, const void* q_weight, const void* q_bias, const void* k_weight,
@@ -236,17 +240,15 @@ cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13,
                                int64_t depth, int64_t hidden, int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
                                DitMoeDtype gate_dtype, cudaStream_t stream);
 
-// The same in two calls, so that activation, the largest buffer, may go before out comes: all up to the second product,
-// and the combine. The workspace is the same in both; hidden may be 0 where its size is asked for.
-//   x, gate, w13, w2, workspace as above -> probs, tokens_per_expert as above, activation (N, F) dtype
-//   addend as above -> out as above
+// The same up to the second product, so that activation, the largest buffer, may go before a result comes, or so that
+// what comes next can combine. depth and hidden may be 0 where the size of this workspace is asked for.
+//   x, gate, w13, w2, workspace as above -> probs, tokens_per_expert as above, activation (N, F) dtype, and what
+//   dit_moe_unpermute takes: rows (N, D) dtype, weights (T, K) fp32, slot_to_row (N,) int32
 cudaError_t dit_moe_routed_ffn_products(const void* x, const void* gate, const void* w13, const void* w2, float* probs,
-                                        int32_t* tokens_per_expert, void* activation, void* workspace,
-                                        int64_t num_tokens, int64_t depth, int64_t hidden, int64_t num_experts,
-                                        int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream);
-cudaError_t dit_moe_routed_ffn_combine(const void* addend, void* out, void* workspace, int64_t num_tokens,
-                                       int64_t depth, int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
-                                       cudaStream_t stream);
+                                        int32_t* tokens_per_expert, void* rows, float* weights, int32_t* slot_to_row,
+                                        void* activation, void* workspace, int64_t num_tokens, int64_t depth,
+                                        int64_t hidden, int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
+                                        DitMoeDtype gate_dtype, cudaStream_t stream);
 
 #ifdef __cplusplus
 }  // extern "C"

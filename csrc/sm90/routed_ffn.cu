@@ -1,4 +1,5 @@
-// The routed layer without gradients in one call or two: route and dispatch, both products, combine; see launch.h.
+// The routed layer without gradients in one call, or all but the combine: route and dispatch, both products; see
+// launch.h.
 #include <algorithm>
 #include <limits>
 
@@ -80,32 +81,25 @@ extern "C" int64_t dit_moe_routed_ffn_workspace(int64_t num_tokens, int64_t dept
 }
 
 extern "C" cudaError_t dit_moe_routed_ffn_products(const void* x, const void* gate, const void* w13, const void* w2,
-                                                   float* probs, int32_t* tokens_per_expert, void* activation,
-                                                   void* workspace, int64_t num_tokens, int64_t depth, int64_t hidden,
+                                                   float* probs, int32_t* tokens_per_expert, void* rows, float* weights,
+                                                   int32_t* slot_to_row, void* activation, void* workspace,
+                                                   int64_t num_tokens, int64_t depth, int64_t hidden,
                                                    int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
                                                    DitMoeDtype gate_dtype, cudaStream_t stream) {
   using namespace dit_moe::sm90;
   if (!valid_sizes(num_tokens, depth, hidden, num_experts, top_k)) return cudaErrorInvalidValue;
-  Workspace w = cut(workspace, num_tokens, depth, hidden, num_experts, top_k);
+  Workspace w = cut(workspace, num_tokens, 0, 0, num_experts, top_k);
   w.plan.tokens_per_expert = tokens_per_expert;
-  const int64_t rows = num_tokens * top_k;
+  w.plan.slot_to_row = slot_to_row;
+  const int64_t num_rows = num_tokens * top_k;
   const int32_t* const offsets = w.plan.expert_offsets;
-  cudaError_t error = dit_moe_route(x, gate, w.weights, w.ids, probs, nullptr, &w.plan, w.rows, w.routing, num_tokens,
+  cudaError_t error = dit_moe_route(x, gate, weights, w.ids, probs, nullptr, &w.plan, rows, w.routing, num_tokens,
                                     depth, num_experts, top_k, 0.0, dtype, gate_dtype, stream);
   if (error != cudaSuccess) return error;
-  error = dit_moe_grouped_swiglu(w.rows, w13, offsets, activation, nullptr, rows, depth, hidden, num_experts, dtype,
+  error = dit_moe_grouped_swiglu(rows, w13, offsets, activation, nullptr, num_rows, depth, hidden, num_experts, dtype,
                                  stream);
   if (error != cudaSuccess) return error;
-  return dit_moe_grouped_gemm(activation, w2, offsets, w.rows, rows, hidden, depth, num_experts, dtype, stream);
-}
-
-extern "C" cudaError_t dit_moe_routed_ffn_combine(const void* addend, void* out, void* workspace, int64_t num_tokens,
-                                                  int64_t depth, int64_t num_experts, int64_t top_k, DitMoeDtype dtype,
-                                                  cudaStream_t stream) {
-  using namespace dit_moe::sm90;
-  if (!valid_sizes(num_tokens, depth, 0, num_experts, top_k)) return cudaErrorInvalidValue;
-  const Workspace w = cut(workspace, num_tokens, depth, 0, num_experts, top_k);
-  return dit_moe_unpermute(w.rows, w.weights, addend, w.plan.slot_to_row, out, num_tokens, depth, top_k, dtype, stream);
+  return dit_moe_grouped_gemm(activation, w2, offsets, rows, num_rows, hidden, depth, num_experts, dtype, stream);
 }
 
 extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2,
@@ -116,9 +110,9 @@ extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const
   using namespace dit_moe::sm90;
   if (!valid_sizes(num_tokens, depth, hidden, num_experts, top_k)) return cudaErrorInvalidValue;
   const Workspace w = cut(workspace, num_tokens, depth, hidden, num_experts, top_k);
-  const cudaError_t error =
-      dit_moe_routed_ffn_products(x, gate, w13, w2, probs, tokens_per_expert, w.activation, workspace, num_tokens,
-                                  depth, hidden, num_experts, top_k, dtype, gate_dtype, stream);
+  const cudaError_t error = dit_moe_routed_ffn_products(x, gate, w13, w2, probs, tokens_per_expert, w.rows, w.weights,
+                                                        w.plan.slot_to_row, w.activation, workspace, num_tokens, depth,
+                                                        hidden, num_experts, top_k, dtype, gate_dtype, stream);
   if (error != cudaSuccess) return error;
-  return dit_moe_routed_ffn_combine(addend, out, workspace, num_tokens, depth, num_experts, top_k, dtype, stream);
+  return dit_moe_unpermute(w.rows, w.weights, addend, w.plan.slot_to_row, out, num_tokens, depth, top_k, dtype, stream);
 }

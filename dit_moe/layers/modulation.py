@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dit_moe_kernels import norm_modulate, residual_norm_modulate
+from dit_moe_kernels import RoutedRows, combine_norm_modulate, norm_modulate, residual_norm_modulate
 from torch import Tensor, nn
 
 from .init import zero_
@@ -48,16 +48,19 @@ class Residual(NamedTuple):
 
     stream: (B, N, D).
     gate: (B, D), of each image.
-    branch: (B, N, D), what a sub-layer made of the tokens.
+    branch: (B, N, D), what a sub-layer made of the tokens, or the rows that a routed layer has not combined.
     """
 
     stream: Tensor
     gate: Tensor
-    branch: Tensor
+    branch: Tensor | RoutedRows
 
     def total(self) -> Tensor:
         """The tokens (B, N, D): stream + gate * branch."""
-        return self.stream + self.gate[:, None] * self.branch
+        branch = self.branch
+        if isinstance(branch, RoutedRows):
+            branch = branch.combined().view(self.stream.shape)
+        return self.stream + self.gate[:, None] * branch
 
 
 def modulated_norm(tokens: Tensor | Residual, shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,5 +74,8 @@ def modulated_norm(tokens: Tensor | Residual, shift_BD: Tensor, scale_BD: Tensor
         Two (B, N, D). Under autocast the second is in autocast's dtype, as products take it; a stream in fp32 stays so.
     """
     if isinstance(tokens, Residual):
-        return residual_norm_modulate(*tokens, shift_BD, scale_BD, NORM_EPS)
+        stream, gate, branch = tokens
+        if isinstance(branch, RoutedRows):
+            return combine_norm_modulate(stream, gate, branch, shift_BD, scale_BD, NORM_EPS)
+        return residual_norm_modulate(stream, gate, branch, shift_BD, scale_BD, NORM_EPS)
     return tokens, norm_modulate(tokens, shift_BD, scale_BD, NORM_EPS)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from dit_moe_kernels import routed_ffn
+from dit_moe_kernels import RoutedRows, routed_ffn, routed_rows, takes_rows
 from torch import Tensor, nn
 
 from ..config import SHARED_EXPERTS
@@ -167,6 +167,23 @@ class MoEFeedForward(nn.Module):
             ranks,
             routing.balance_loss,
         )
+
+    def uncombined(self, x: Tensor) -> tuple[RoutedRows, MoEOutput] | None:
+        """The layer without its combine, where the norm behind it does that faster and nobody watches the layer.
+
+        Args:
+            x: (..., D), as in `forward`.
+
+        Returns:
+            Rows of the tokens in x's order, and an output whose hidden has no rows; or None: call the layer.
+        """
+        x_TD, gate, experts = self._tokens("x", x), self.gate, self.experts
+        if _watched(self) or not self._plain() or not takes_rows(x_TD, gate.weight, experts.w2, gate.backend):
+            return None
+        addend_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        weights = gate.weight, experts.w13, experts.w2
+        rows, probs_TE, counts_E = routed_rows(x_TD, *weights, gate.top_k, addend=addend_TD, backend=gate.backend)
+        return rows, MoEOutput(rows.rows[:0], counts_E, probs_TE, gate.top_k, self.balance_alpha)
 
     def _plain(self) -> bool:
         """Whether one op may do all: nobody watches or has replaced the router or the experts."""

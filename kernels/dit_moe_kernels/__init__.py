@@ -20,6 +20,7 @@ from .permute import permute, unpermute
 from .qk_norm import qk_norm
 from .route import Routing, route
 from .routed_ffn import RoutedFFN, routed_ffn
+from .routed_rows import RoutedRows, combine_norm_modulate, routed_rows, takes_rows
 from .router import router_logits, topk_softmax
 from .routing import RoutingPlan, make_routing_plan
 from .updates import AVERAGE_PIECE, RandomBits, adamw_, average_, next_random_bits
@@ -31,12 +32,14 @@ __all__ = [
     "KernelError",
     "RandomBits",
     "RoutedFFN",
+    "RoutedRows",
     "RoutingCounts",
     "Routing",
     "RoutingPlan",
     "adamw_",
     "availability",
     "average_",
+    "combine_norm_modulate",
     "count_routing",
     "cuda_build_info",
     "current_backend",
@@ -52,9 +55,11 @@ __all__ = [
     "residual_norm_modulate",
     "route",
     "routed_ffn",
+    "routed_rows",
     "router_logits",
     "self_attention",
     "swiglu",
+    "takes_rows",
     "topk_softmax",
     "unpermute",
     "use_backend",

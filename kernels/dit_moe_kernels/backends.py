@@ -34,11 +34,12 @@ _PREFERENCE = {
     "norm": ("cuda", "triton", "reference"),
     "attention": ("cuda", "triton", "reference"),
     "expert_ffn": ("cuda", "triton", "reference"),
+    "routed_rows": ("cuda", "reference"),
     "updates": ("triton", "reference"),
 }
 _MAX_EXPERTS = {"router": 64, "routing": 512}  # of the CUDA kernels
 # Families whose CUDA kernels ask for more than the others'.
-_PRODUCTS = ("grouped_gemm", "linear_swiglu", "attention", "expert_ffn")
+_PRODUCTS = ("grouped_gemm", "linear_swiglu", "attention", "expert_ffn", "routed_rows")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _local = threading.local()  # .backend: what use_backend() set on this thread
 

@@ -61,6 +61,10 @@ def _routed_ffn(
     return _product(x, gate) + _expert_ffn(x, w13, w2, (x[0], top_k))
 
 
+def _routed_rows(x: Shape, gate: Shape, w13: Shape, w2: Shape, top_k: int, *_: Any, **__: Any) -> int:
+    return _routed_ffn(x, gate, w13, w2, None, top_k)
+
+
 def _attention(qkv: Shape, *_: Any, **__: Any) -> int:
     images, tokens, _three, heads, width = qkv
     return 4 * images * heads * tokens**2 * width
@@ -74,6 +78,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "qk_norm_attention": _attention,
     "routed_ffn": _routed_ffn,
     "routed_ffn_train": _routed_ffn,
+    "routed_rows": _routed_rows,
     "grouped_gemm": _product,
     "grouped_gemm_dx": _product,
     "grouped_gemm_dw": _weight_gradient,

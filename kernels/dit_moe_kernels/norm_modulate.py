@@ -32,7 +32,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *,
         to.
     """
     _check(x, {"shift": shift, "scale": scale})
-    dtype, name = _settle(backend, x, shift, scale)
+    dtype, name = settle(backend, x, shift, scale)
     if name == "reference":  # as plain operations, which torch.compile may fuse
         return reference_norm.norm_modulate(x, shift, scale, eps, dtype)
     return _norm_modulate(x, shift, scale, eps, dtype, name)
@@ -53,11 +53,10 @@ def residual_norm_modulate(
         total (B, N, D), computed in fp32 and rounded to what x, gate and y promote to, autocast or not: an fp32
         stream stays one; and norm_modulate(total, shift, scale, eps) with the dtype that this has.
     """
-    _check(x, {"gate": gate, "shift": shift, "scale": scale})
     checks.check_float("y", y, 3)
-    checks.check_same_device("y", y, "x", x)
+    check_residual(x, {"gate": gate, "shift": shift, "scale": scale}, "y", y)
     checks.check_shape("y", y, tuple(x.shape))
-    dtype, name = _settle(backend, x, gate, y, shift, scale)
+    dtype, name = settle(backend, x, gate, y, shift, scale)
     if name == "reference":
         return reference_norm.residual_norm_modulate(x, gate, y, shift, scale, eps, dtype)
     return _residual_norm_modulate(x, gate, y, shift, scale, eps, dtype, name)
@@ -71,19 +70,26 @@ def _check(x: Tensor, vectors: dict[str, Tensor]) -> None:
         checks.check_shape(name, vector, (x.shape[0], x.shape[2]))
 
 
-def _promoted(*tensors: Tensor) -> torch.dtype:
+def check_residual(x: Tensor, vectors: dict[str, Tensor], name: str, branch: Tensor) -> None:
+    """What `residual_norm_modulate` asks of its tensors, but for the branch's shape."""
+    _check(x, vectors)
+    checks.check_same_device(name, branch, "x", x)
+
+
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """What the tensors' dtypes promote to."""
     return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
 
 
-def _settle(backend: str, x: Tensor, *others: Tensor) -> tuple[torch.dtype, str]:
+def settle(backend: str, x: Tensor, *others: Tensor) -> tuple[torch.dtype, str]:
     """The dtype of the modulated output, and the backend."""
-    promoted = _promoted(x, *others)
-    dtype = checks.product_dtype(x.device.type, promoted)
+    common = promoted(x, *others)
+    dtype = checks.product_dtype(x.device.type, common)
     refusal = unsupported(x.dtype, (*[other.dtype for other in others], dtype))
-    return dtype, backends.resolve(backend, "norm", x.device.type, promoted, refusal=refusal)
+    return dtype, backends.resolve(backend, "norm", x.device.type, common, refusal=refusal)
 
 
-def _rows(vectors: Tensor) -> Tensor:
+def rows_of(vectors: Tensor) -> Tensor:
     """Vectors whose elements are neighbours, as the kernels want them."""
     return vectors if vectors.stride(1) == 1 else vectors.contiguous()
 
@@ -93,7 +99,7 @@ def _rows(vectors: Tensor) -> Tensor:
 
 def _norm_impl(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, backend: str) -> Tensor:
     if backend != "reference":
-        return _kernels(backend).norm_modulate(x.contiguous(), _rows(shift), _rows(scale), eps, dtype)
+        return _kernels(backend).norm_modulate(x.contiguous(), rows_of(shift), rows_of(scale), eps, dtype)
     return reference_norm.norm_modulate(x, shift, scale, eps, dtype)
 
 
@@ -126,7 +132,7 @@ def _norm_backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _norm_backward_fake(dout, x, scale, eps, shift_dtype, backend)
     if backend != "reference":
-        _kernels(backend).norm_modulate_backward(dout.contiguous(), x.contiguous(), _rows(scale), eps, *grads)
+        _kernels(backend).norm_modulate_backward(dout.contiguous(), x.contiguous(), rows_of(scale), eps, *grads)
     else:
         _write(grads, reference_norm.norm_modulate_backward(dout, x, scale, eps))
     return grads
@@ -159,17 +165,17 @@ def _residual_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend != "reference":
-        total = x.new_empty(x.shape, dtype=_promoted(x, gate, y))
-        residual = {"gate": _rows(gate), "y": y.contiguous(), "total": total}
+        total = x.new_empty(x.shape, dtype=promoted(x, gate, y))
+        residual = {"gate": rows_of(gate), "y": y.contiguous(), "total": total}
         modulate = _kernels(backend).norm_modulate
-        return total, modulate(x.contiguous(), _rows(shift), _rows(scale), eps, dtype, **residual)
+        return total, modulate(x.contiguous(), rows_of(shift), rows_of(scale), eps, dtype, **residual)
     return reference_norm.residual_norm_modulate(x, gate, y, shift, scale, eps, dtype)
 
 
 def _residual_fake(
     x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=_promoted(x, gate, y)), x.new_empty(x.shape, dtype=dtype)
+    return x.new_empty(x.shape, dtype=promoted(x, gate, y)), x.new_empty(x.shape, dtype=dtype)
 
 
 def _residual_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -209,8 +215,8 @@ def _residual_backward_impl(
     if backend != "reference":
         dx, dgate, dy, dshift, dscale = grads
         dout, total, dsum, y = (tensor.contiguous() for tensor in (dout, total, dsum, y))
-        residual = {"dsum": dsum, "gate": _rows(gate), "y": y, "dy": dy, "dgate": dgate}
-        _kernels(backend).norm_modulate_backward(dout, total, _rows(scale), eps, dx, dshift, dscale, **residual)
+        residual = {"dsum": dsum, "gate": rows_of(gate), "y": y, "dy": dy, "dgate": dgate}
+        _kernels(backend).norm_modulate_backward(dout, total, rows_of(scale), eps, dx, dshift, dscale, **residual)
     else:
         _write(grads, reference_norm.residual_norm_modulate_backward(dsum, dout, total, gate, y, scale, eps))
     return grads

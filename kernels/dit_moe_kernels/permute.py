@@ -77,6 +77,12 @@ def check_topk_weights(topk_weights: Tensor, like: Tensor, plan: RoutingPlan) ->
         raise TypeError(f"topk_weights: got dtype {topk_weights.dtype}, expected {expected} beside {like.dtype} inputs")
 
 
+def combine(y: Tensor, topk_weights: Tensor, slot_to_row: Tensor, addend: Tensor | None) -> Tensor:
+    """`unpermute` without a plan and without gradients, on the best backend."""
+    name = backends.resolve("auto", "permute", y.device.type, y.dtype)
+    return _unpermute_weighted(y, topk_weights, addend, slot_to_row, slot_to_row, name)  # rows' slots: for gradients
+
+
 # ---- permute
 
 

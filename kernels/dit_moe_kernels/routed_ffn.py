@@ -61,7 +61,7 @@ def routed_ffn(
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     dtype = checks.autocast_dtype(x)
     if x.dtype == dtype:
-        _check(*tensors, top_k)
+        check_routed_ffn(*tensors, top_k)
         fits = backends.whole_chunks(dtype, x.shape[1], w2.shape[2])
         name = backends.resolve(backend, "expert_ffn", x.device, dtype, whole_chunks=fits)
         if name == router.resolve(backend, x, gate):
@@ -77,7 +77,8 @@ def routed_ffn(
     return RoutedFFN(out, routed.probs, routed.plan.tokens_per_expert, routed.balance_loss)
 
 
-def _check(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, addend: Tensor | None, top_k: int) -> None:
+def check_routed_ffn(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, addend: Tensor | None, top_k: int) -> None:
+    """What `routed_ffn` asks of its tensors."""
     checks.check_float("x", x, 2)
     checks.check_float("gate", gate, 2)
     checks.check_same_device("gate", gate, "x", x)

@@ -57,6 +57,9 @@ def op_samples(target) -> dict[str, tuple]:
             rand(t, d, grad=True), rand(e, d, grad=True), rand(e, 2 * f, d, grad=True), rand(e, d, f, grad=True),
             rand(t, d, grad=True), k, 0.1, True, name,
         ),
+        "routed_rows": (
+            rand(t, d), rand(e, d), rand(e, 2 * f, d), rand(e, d, f), k, "cuda" if name == "cuda" else "reference",
+        ),
         "router_logits": (rand(t, d, grad=True), rand(e, d, grad=True), name),
         "router_gradients": (router(t, e), rand(t, d), rand(e, d), rand(t, d), True, True, name),
         "topk_softmax": (router(t, e, grad=True), k, name),
@@ -78,6 +81,11 @@ def op_samples(target) -> dict[str, tuple]:
         "residual_norm_modulate": (
             rand(2, 5, d, grad=True), rand(2, d, grad=True), rand(2, 5, d, grad=True), *vectors(2, d, grad=True)[:2],
             1e-6, target.dtype, name,
+        ),
+        "combine_norm_modulate": (
+            rand(2, 5, d), rand(2, d), rand(10 * k, d), router(10, k),
+            torch.randperm(10 * k, dtype=torch.int32, device=target.device), rand(10, d), rand(2, d), rand(2, d),
+            1e-6, target.dtype, "cuda" if name == "cuda" else "reference",
         ),
         "residual_norm_modulate_backward": (
             rand(2, 5, d), rand(2, 5, d), rand(2, 5, d), rand(2, d), rand(2, 5, d), rand(2, d),

@@ -19,9 +19,9 @@ ROW_OPS = {"permute": 4, "unpermute": 5, "unpermute_backward": 6}  # and how man
 ACTIVATIONS = {"swiglu": 2, "swiglu_backward": 3}
 PRODUCTS = {"grouped_gemm": 4, "grouped_gemm_dx": 4, "grouped_gemm_dw": 4, "grouped_swiglu": 5, "grouped_dswiglu": 9}
 LAYER = "routed_ffn"
-LAYER_FUNCTIONS = {LAYER, "routed_ffn_products", "routed_ffn_combine", "routed_ffn_workspace"}
+LAYER_FUNCTIONS = {LAYER, "routed_ffn_products", "routed_ffn_workspace"}
 ROUTING_OPS = {"router_logits": 3, "topk_softmax": 4, "topk_softmax_backward": 5, "routing_plan": 8, "route": 13}
-NORMS = {"norm_modulate": 7, "norm_modulate_backward": 13}
+NORMS = {"norm_modulate": 10, "norm_modulate_backward": 13}
 HEAD_NORMS = {"qk_norm": 8, "qk_norm_backward": 9}
 ATTENTION = "qk_norm_attention"
 NUM_ADDRESSES = {**ROW_OPS, **ACTIVATIONS, **PRODUCTS, **ROUTING_OPS, **NORMS, **HEAD_NORMS}
@@ -61,7 +61,7 @@ def arguments(
     if op in NORMS:
         dtype = FLOAT32 if dtype is None else dtype
         rest = {
-            "norm_modulate": [rows, tokens, width, 0, 0, 0, 1e-6],
+            "norm_modulate": [rows, tokens, width, top_k, 0, 0, 0, 1e-6],
             "norm_modulate_backward": [rows, tokens, width, 0, 0, parts, 1e-6],
         }
         return [0] * NORMS[op] + [*rest[op], dtype, dtype if branch_dtype is None else branch_dtype, 0]
@@ -137,6 +137,15 @@ def test_wrong_arguments_of_the_activation_are_refused(op, wrong):
 def test_wrong_arguments_of_the_norms_are_refused(op, wrong):
     with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
         getattr(cuda_impl.extension(), op)(*arguments(op, **wrong))
+
+
+@needs_extension
+@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"rows": 2**20, "tokens": 2**5, "top_k": 2**6}])
+def test_wrong_numbers_of_routed_rows_are_refused(wrong):
+    given = arguments("norm_modulate", **wrong)
+    given[5] = 16  # slot_to_row
+    with pytest.raises(RuntimeError, match=r"^norm_modulate: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        cuda_impl.extension().norm_modulate(*given)
 
 
 @needs_extension
@@ -357,17 +366,9 @@ def layer_arguments(
 )  # fmt: skip
 def test_wrong_arguments_of_the_layer_are_refused(wrong):
     given = layer_arguments(**wrong)
-    for op, arguments in [(LAYER, given), ("routed_ffn_products", given[1:])]:  # one address less
+    for op, arguments in [(LAYER, given), ("routed_ffn_products", [0, 0, *given])]:  # two addresses more
         with pytest.raises(RuntimeError, match=rf"^{op}: CUDA error 1 \(cudaErrorInvalidValue\)"):
             getattr(cuda_impl.extension(), op)(*arguments)
-
-
-@needs_products
-@pytest.mark.parametrize("wrong", [{"rows": -1}, {"rows": 2**30}, {"top_k": 0}, {"dtype": BAD_DTYPE}])
-def test_wrong_arguments_of_the_layers_combine_are_refused(wrong):
-    rows, depth, _, experts, top_k, dtype, *_ = layer_arguments(**wrong)[9:]
-    with pytest.raises(RuntimeError, match=r"^routed_ffn_combine: CUDA error 1 \(cudaErrorInvalidValue\)"):
-        cuda_impl.extension().routed_ffn_combine(0, 0, 0, rows, depth, experts, top_k, dtype, 0)
 
 
 @needs_products

@@ -44,11 +44,19 @@ def norm_modulate(
     gate: Tensor | None = None,
     y: Tensor | None = None,
     total: Tensor | None = None,
+    weights: Tensor | None = None,
+    slot_to_row: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """Normalise and modulate x, or x + gate * y, which is then written to `total`."""
+    """Normalise and modulate x, or x + gate * y, which is then written to `total`.
+
+    With slot_to_row, y are an expert layer's rows, combined on the way with weights (T, K) fp32 and addend.
+    """
     out = torch.empty_like(x, dtype=dtype)
     strides = 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0)
-    launch("norm_modulate", (x, gate, y, shift, scale, total, out), (*x.shape, *strides, eps), x, (x.dtype, dtype))
+    top_k = 0 if weights is None else weights.shape[1]
+    tensors = (x, gate, y, weights, addend, slot_to_row, shift, scale, total, out)
+    launch("norm_modulate", tensors, (*x.shape, top_k, *strides, eps), x, (x.dtype, dtype))
     return out
 
 

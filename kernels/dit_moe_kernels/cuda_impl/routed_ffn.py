@@ -1,4 +1,4 @@
-"""Launches of csrc/sm90/routed_ffn.cu: the routed layer's six kernels in one call, or, where memory counts, in two."""
+"""Launches of csrc/sm90/routed_ffn.cu: the routed layer's kernels in one call, or all but its combine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import extension
 from .launch import aligned, launch
+from .permute import unpermute
 from .routing import operands
 
 ONE_CALL_BYTES = 64 << 20  # of the activation: from here on, its memory matters more than a microsecond of the host's
@@ -16,24 +17,46 @@ def routed_ffn(
     x_TD: Tensor, gate_ED: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, addend_TD: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> out_TD, probs_TE fp32, tokens_per_expert_E int32; x and weights are fp16 or bf16."""
+    (num_tokens, width), (num_experts, _, hidden) = x_TD.shape, w2_EDF.shape
+    if num_tokens * top_k * hidden * x_TD.element_size() >= ONE_CALL_BYTES:
+        rows_ND, weights_TK, slot_to_row_N, probs_TE, counts_E = routed_rows(x_TD, gate_ED, w13_E2FD, w2_EDF, top_k)
+        return unpermute(rows_ND, weights_TK, slot_to_row_N, top_k, addend_TD), probs_TE, counts_E
+    x_TD, gate_ED = operands(x_TD, gate_ED)
+    probs_TE, counts_E = _statistics(x_TD, num_experts)
+    sizes = (num_tokens, width, hidden, num_experts, top_k)
+    out_TD = torch.empty_like(x_TD)
+    inputs = (x_TD, gate_ED, aligned(w13_E2FD), aligned(w2_EDF), addend_TD)
+    outputs = (out_TD, probs_TE, counts_E, _workspace(x_TD, sizes))
+    launch("routed_ffn", (*inputs, *outputs), sizes, x_TD, (x_TD.dtype, gate_ED.dtype))
+    return out_TD, probs_TE, counts_E
+
+
+def routed_rows(
+    x_TD: Tensor, gate_ED: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All but the combine -> rows_ND, topk_weights_TK fp32, slot_to_row_N int32, probs_TE, tokens_per_expert_E.
+
+    The activation's memory is free again when this returns: what takes its place runs on the same stream, hence after.
+    """
     x_TD, gate_ED = operands(x_TD, gate_ED)
     (num_tokens, width), (num_experts, _, hidden) = x_TD.shape, w2_EDF.shape
-    inputs = (x_TD, gate_ED, aligned(w13_E2FD), aligned(w2_EDF))
-    probs_TE = x_TD.new_empty(num_tokens, num_experts, dtype=torch.float32)
-    counts_E = x_TD.new_empty(num_experts, dtype=torch.int32)
-    sizes, dtypes = (num_tokens, width, hidden, num_experts, top_k), (x_TD.dtype, gate_ED.dtype)
-    if num_tokens * top_k * hidden * x_TD.element_size() < ONE_CALL_BYTES:
-        out_TD = torch.empty_like(x_TD)
-        workspace = _workspace(x_TD, sizes)
-        launch("routed_ffn", (*inputs, addend_TD, out_TD, probs_TE, counts_E, workspace), sizes, x_TD, dtypes)
-        return out_TD, probs_TE, counts_E
-    workspace = _workspace(x_TD, (num_tokens, width, 0, num_experts, top_k))
+    probs_TE, counts_E = _statistics(x_TD, num_experts)
+    rows_ND = x_TD.new_empty(num_tokens * top_k, width)
+    weights_TK = x_TD.new_empty(num_tokens, top_k, dtype=torch.float32)
+    slot_to_row_N = x_TD.new_empty(num_tokens * top_k, dtype=torch.int32)
     activation_NF = x_TD.new_empty(num_tokens * top_k, hidden)
-    launch("routed_ffn_products", (*inputs, probs_TE, counts_E, activation_NF, workspace), sizes, x_TD, dtypes)
-    del activation_NF  # what takes its place runs on the same stream, hence after the products
-    out_TD = torch.empty_like(x_TD)
-    launch("routed_ffn_combine", (addend_TD, out_TD, workspace), (num_tokens, width, num_experts, top_k), x_TD)
-    return out_TD, probs_TE, counts_E
+    workspace = _workspace(x_TD, (num_tokens, 0, 0, num_experts, top_k))
+    inputs = (x_TD, gate_ED, aligned(w13_E2FD), aligned(w2_EDF))
+    outputs = (probs_TE, counts_E, rows_ND, weights_TK, slot_to_row_N, activation_NF, workspace)
+    sizes = (num_tokens, width, hidden, num_experts, top_k)
+    launch("routed_ffn_products", (*inputs, *outputs), sizes, x_TD, (x_TD.dtype, gate_ED.dtype))
+    return rows_ND, weights_TK, slot_to_row_N, probs_TE, counts_E
+
+
+def _statistics(x_TD: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Room for probs_TE and tokens_per_expert_E."""
+    probs_TE = x_TD.new_empty(x_TD.shape[0], num_experts, dtype=torch.float32)
+    return probs_TE, x_TD.new_empty(num_experts, dtype=torch.int32)
 
 
 def _workspace(x_TD: Tensor, sizes: tuple[int, ...]) -> Tensor:
