@@ -63,12 +63,12 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     this->template announce<TokenTile>([&](TokenTile& tile) { return scheduler.next(rank(), tile); });
   }
 
-  // One thread: everything comes through the copy engine.
+  // A warp: everything comes through the copy engine.
   __device__ __forceinline__ void produce() const {
     QueueRing queue;
     typename Base::StageRing ring;
     TokenTile tile;
-    while (this->template next_tile<false>(queue, tile)) {
+    while (this->next_tile(queue, tile)) {
       const int boxes = (tile.height + C::kBoxTokens - 1) / C::kBoxTokens;
       this->fill(ring, steps_, Layout::kBytesA + boxes * C::kBoxBytes, [&](int stage, int step) {
         copy_weights(stage, tile, step);
@@ -82,29 +82,33 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     QueueRing queue;
     typename Base::StageRing ring;
     TokenTile tile;
-    while (this->template next_tile<true>(queue, tile)) {
+    while (this->next_tile(queue, tile)) {
       multiply_tile<kHeightStep>(tile.height, ring, group, accumulators);
       store(tile, group, accumulators);
     }
   }
 
  private:
-  // By a warp, the same in each block.
+  // By a warp, the same in each block: half a warp the limits, the halves every second expert.
   __device__ __forceinline__ int choose_height(int tiles_n, int clusters) const {
+    constexpr unsigned all = 0xffffffffu;
     const int lane = threadIdx.x % 32;
-    HeightEstimate estimate(height_limit(min(lane, kHeightLimits - 1)), arguments_.depth);
-    if (arguments_.offsets == nullptr) estimate.add(static_cast<int>(arguments_.rows));
+    HeightEstimate estimate(height_limit(min(lane % 16, kHeightLimits - 1)), arguments_.depth);
+    if (arguments_.offsets == nullptr) estimate.add(lane < 16 ? static_cast<int>(arguments_.rows) : 0);
     for (int first = 0; arguments_.offsets != nullptr && first < arguments_.num_experts; first += 32) {
-      const int expert = min(first + lane, arguments_.num_experts - 1);
-      const int rows = __ldg(arguments_.offsets + expert + 1) - __ldg(arguments_.offsets + expert);
+      const int expert = first + lane;
+      const bool exists = expert < arguments_.num_experts;
+      const int rows = exists ? __ldg(arguments_.offsets + expert + 1) - __ldg(arguments_.offsets + expert) : 0;
       const int count = min(arguments_.num_experts - first, 32);
-      for (int i = 0; i < count; ++i) estimate.add(__shfl_sync(0xffffffffu, rows, i));
+#pragma unroll 1  // unrolled, the code would be longer in coming than in running
+      for (int i = 0; i < count; i += 2) estimate.add(__shfl_sync(all, rows, i + lane / 16));
     }
+    estimate.join([](float value) { return __shfl_xor_sync(all, value, 16); });
     const float time = estimate.time(tiles_n, clusters);
     float least = time;
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) least = fminf(least, __shfl_xor_sync(0xffffffffu, least, lanes));
-    return height_limit(__ffs(__ballot_sync(0xffffffffu, time <= kNearly * least)) - 1);
+    for (int lanes = 8; lanes > 0; lanes /= 2) least = fminf(least, __shfl_xor_sync(all, least, lanes));
+    return height_limit(__ffs(__ballot_sync(all, time <= kNearly * least)) - 1);
   }
 
   // The weights of both warpgroups; shared, each block copies those of one for both blocks.

@@ -66,7 +66,7 @@ class Pipeline {
   static constexpr int kConsumerRegisters = sm90::kConsumerRegisters;
   static constexpr int kFinisherRegisters = 0;
 
-  // readers: of the queue: the producer and warps.
+  // readers: of the queue, warps.
   __device__ __forceinline__ void init_barriers(int readers) const {
     constexpr int consumer_arrivals = kConsumerWarps * kCluster;
     for (int stage = 0; stage < L::kStages; ++stage) {
@@ -79,7 +79,7 @@ class Pipeline {
     }
     for (int place = 0; place < kQueue; ++place) {
       barrier_init(queued(place), 1);
-      barrier_init(read(place), readers);
+      barrier_init(read(place), readers * 32);
     }
     barrier_init_fence();
     store_shared(shared_ + L::kZeroAt, 0u);
@@ -131,28 +131,32 @@ class Pipeline {
     } while (announcement.valid);
   }
 
-  // A warp, or the producer's one thread: the next tile of the queue. False when none is left.
-  template <bool kWarp, class T>
+  // A warp: the next tile of the queue. False when none is left.
+  template <class T>
   __device__ __forceinline__ bool next_tile(QueueRing& ring, T& tile) const {
     barrier_wait(queued(ring.stage), ring.phase);
     const uint32_t address = shared_ + L::kQueueAt + ring.stage * kQueueBytes;
     const uint4 words[2] = {load_shared(address), load_shared(address + 16)};
     Announcement<T> announcement;
     memcpy(&announcement, words, sizeof(announcement));
-    if constexpr (kWarp) __syncwarp();
-    if (!kWarp || threadIdx.x % 32 == 0) barrier_arrive(read(ring.stage));
+    __syncwarp();  // the compiler then knows the warp to be whole, and keeps addresses in uniform registers
+    barrier_arrive(read(ring.stage));  // each lane: the race checker does not see what orders those of a warp
     ring.advance();
     tile = announcement.tile;
     return announcement.valid;
   }
 
-  // The producer's part of a tile: copy(stage, step) starts the copies of a K step, `bytes` in all, into a free stage.
+  // The producer's part of a tile, a warp: one lane's copy(stage, step) starts the copies of a K step, `bytes` in all,
+  // into a free stage.
   template <typename Copy>
   __device__ __forceinline__ void fill(StageRing& ring, int steps, uint32_t bytes, const Copy& copy) const {
     for (int step = 0; step < steps; ++step) {
       barrier_wait(empty(ring.stage), ring.phase ^ 1);
-      barrier_arrive_expect(full(ring.stage), bytes);
-      copy(ring.stage, step);
+      if (elect_one()) {
+        barrier_arrive_expect(full(ring.stage), bytes);
+        copy(ring.stage, step);
+      }
+      __syncwarp();
       ring.advance();
     }
   }
@@ -198,9 +202,9 @@ class Pipeline {
     drain<0>(ring, steps, group, lead, accumulators, multiply, prepare, [](int) {});
   }
 
-  // A consumer's part of a tile in which it has no rows.
-  __device__ __forceinline__ void pass(StageRing& ring, int steps, int group, int lead) const {
-    if (group == 1 && lead > 0) named_barrier_wait();
+  // The second consumer's part of a tile in which it has no rows.
+  __device__ __forceinline__ void pass(StageRing& ring, int steps, int lead) const {
+    if (lead > 0) named_barrier_wait();
     for (int step = 0; step < steps; ++step) {
       barrier_wait(full(ring.stage), ring.phase);
       release(ring.stage);
@@ -234,8 +238,8 @@ class Pipeline {
 template <class Block>
 constexpr int kThreads = (Block::kFinishes ? 4 : 3) * kGroupThreads;
 
-// Block is a Pipeline with produce() for one thread, schedule() for a warp, consume(group) and, if it has that
-// warpgroup, finish().
+// Block is a Pipeline with produce() and schedule() for a warp each, consume(group) and, if it has that warpgroup,
+// finish().
 template <class Block>
 __global__ void __launch_bounds__(kThreads<Block>, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
@@ -256,8 +260,9 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);  // known to be the same for a warp
   if (group == 0) {
     give_registers<Block::kProducerRegisters>();
-    if (threadIdx.x == 0) block.produce();
-    if (threadIdx.x / 32 == 1) block.schedule();
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    if (warp == 0) block.produce();
+    if (warp == 1) block.schedule();
     __syncwarp();
   } else if (!Block::kFinishes || group < 3) {
     take_registers<Block::kConsumerRegisters>();

@@ -147,7 +147,23 @@ __device__ __forceinline__ void prefetch_line(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// ---- clusters and register shares
+// ---- clusters, lanes and register shares
+
+// True for one lane of a whole warp. Unlike a comparison with a lane's number it tells the compiler that there is one:
+// bulk copies then take their operands from uniform registers, and no loop over lanes is made around them.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected)
+      :
+      : "memory");
+  return elected != 0;
+}
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;

@@ -152,6 +152,14 @@ class HeightEstimate {
   // Of a tile.
   __device__ __forceinline__ float cost(float height) const { return fmaxf(height, 115.0f + 0.5f * height) + other_; }
 
+  // exchange(value): what another lane, which has counted other experts, has for this value.
+  template <typename Exchange>
+  __device__ __forceinline__ void join(const Exchange& exchange) {
+    count_ += exchange(count_);
+    sum_ += exchange(sum_);
+    squares_ += exchange(squares_);
+  }
+
   // tiles_n: of a row.
   __device__ __forceinline__ float time(int tiles_n, int clusters) const {
     const float mean = sum_ / fmaxf(count_, 1.0f), variance = squares_ / fmaxf(count_, 1.0f) - mean * mean;
@@ -162,8 +170,15 @@ class HeightEstimate {
   }
 
  private:
-  // a / b, whole numbers, rounded up.
-  static __device__ __forceinline__ float rounded_up(float a, float b) { return floorf((a + b - 0.5f) / b); }
+  // a / b, whole numbers, rounded up. The half is much more than the error of a fast division, which matters: all
+  // blocks wait for it.
+  static __device__ __forceinline__ float rounded_up(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return floorf(__fdividef(a + b - 0.5f, b));
+#else
+    return floorf((a + b - 0.5f) / b);
+#endif
+  }
 
   float limit_, other_;
   float count_ = 0.0f, sum_ = 0.0f, squares_ = 0.0f;  // of tiles of a column, and their costs

@@ -93,12 +93,12 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     this->template announce<Tile>([&](Tile& tile) { return scheduler.next(rank(), tile); });
   }
 
-  // One thread: everything comes through the copy engine.
+  // A warp: everything comes through the copy engine.
   __device__ __forceinline__ void produce() const {
     QueueRing queue;
     typename Base::StageRing ring;
     Tile tile;
-    while (this->template next_tile<false>(queue, tile)) {
+    while (this->next_tile(queue, tile)) {
       this->fill(ring, steps_, Layout::kStageBytes - (half_empty(tile) ? C::kRowBoxBytes : 0),
                  [&](int stage, int step) {
                    copy_rows(stage, tile, step);
@@ -122,7 +122,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     QueueRing queue;
     uint32_t phase = 0;
     Tile tile;
-    while (this->template next_tile<true>(queue, tile)) {
+    while (this->next_tile(queue, tile)) {
       const int row = tile.row;
       const int rows = min(tile.end - row, kTileM);
       const FinishedTile finished(arguments_.dswiglu, arguments_.out, row, rows, tile.column * C::kColumns,
@@ -173,13 +173,13 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     typename Base::StageRing ring;
     Tile tile, before;
     before.row = before.end = before.column = 0;
-    bool more = this->template next_tile<true>(queue, tile);
+    bool more = this->next_tile(queue, tile);
     int lead = C::kStagger < steps_ ? C::kStagger : steps_;
     while (more) {
       if (group == 1 && half_empty(tile)) {  // what is still to be stored waits for the next tile
-        this->pass(ring, steps_, group, lead);
+        this->pass(ring, steps_, lead);
         lead = 0;
-        more = this->template next_tile<true>(queue, tile);
+        more = this->next_tile(queue, tile);
         continue;
       }
       this->template drain<C::kPieces + 1>(
@@ -190,7 +190,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
               store(before, group, piece, pairs);
             } else {
               before = tile;
-              more = this->template next_tile<true>(queue, tile);
+              more = this->next_tile(queue, tile);
             }
           });
       lead = 0;
@@ -210,7 +210,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     typename Base::StageRing ring;
     Tile tile;
     uint32_t phase = 0;
-    while (this->template next_tile<true>(queue, tile)) {
+    while (this->next_tile(queue, tile)) {
       this->drain(
           ring, steps_, group, 0, accumulators,
           [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {});

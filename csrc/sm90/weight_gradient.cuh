@@ -67,12 +67,12 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
     this->template announce<WeightTile>([&](WeightTile& tile) { return scheduler.next(tile); });
   }
 
-  // One thread.
+  // A warp.
   __device__ __forceinline__ void produce() const {
     QueueRing queue;
     typename Base::StageRing ring;
     WeightTile tile;
-    while (this->template next_tile<false>(queue, tile)) {
+    while (this->next_tile(queue, tile)) {
       const int row = row_of(tile), column = column_of(tile);
       const int first = kRaggedRows - (tile.end - tile.start);
       this->fill(ring, steps_of(tile), Layout::kStageBytes, [&](int stage, int step) {
@@ -89,7 +89,7 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
     typename Base::StageRing ring;
     WeightTile tile;
     bool first = true;
-    while (this->template next_tile<true>(queue, tile)) {
+    while (this->next_tile(queue, tile)) {
       const int steps = steps_of(tile);
       const int lead = first ? min(C::kStagger, steps) : 0;
       const int prefetch_step = arguments_.accumulate ? max(steps - C::kPrefetchSteps, 0) : steps;

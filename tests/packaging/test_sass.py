@@ -61,6 +61,34 @@ def test_attention_uses_the_warpgroup_instruction(kernels, products):
     assert all("HGMMA" in code and "UTMALDG" in code and not re.search(r"\bHMMA\b", code) for code in attention)
 
 
+def loops(code: str) -> list[list[str]]:
+    """The operations between each backward branch and its target, the shortest loops first."""
+    instructions = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]+)([^;]*)", code)
+    addresses = [int(address, 16) for address, _, _ in instructions]
+    found = []
+    for i, (_, operation, operands) in enumerate(instructions):
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if operation.startswith("BRA") else None
+        if target is not None and int(target[1], 16) < addresses[i]:
+            first = addresses.index(int(target[1], 16))
+            found.append([operation for _, operation, _ in instructions[first : i + 1]])
+    return sorted(found, key=len)
+
+
+def test_copies_are_started_by_one_lane_of_a_whole_warp(products):
+    """No loop over a warp's lanes around a copy, and no YIELD among the copies of a step: that alone cost 10 %."""
+    for name, code in products.items():
+        electing = [loop for loop in loops(code) if "ELECT" in loop and any("UTMALDG" in x for x in loop)]
+        assert electing and any("PHASECHK" in x for x in electing[0]), f"{name}: a loop over lanes"
+        assert "YIELD" not in electing[0], name
+
+
+def test_operands_stay_in_uniform_registers_beside_the_products(products):
+    """At most one move into them in a loop over K; where the compiler holds a warp divided, each operand needs one."""
+    for name, code in products.items():
+        multiplying = [loop for loop in loops(code) if any("HGMMA" in x for x in loop)]
+        assert multiplying and multiplying[0].count("R2UR") <= 1, name
+
+
 def test_the_router_runs_on_the_tensor_cores(kernels):
     routers = [code for name, code in kernels.items() if "router_kernel" in name]
     assert routers and all("HMMA.16816.F32.BF16" in code for code in routers)
