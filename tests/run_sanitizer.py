@@ -37,7 +37,8 @@ from dit_moe_kernels import (  # noqa: E402
 SIZES = [(37, 4, 2, 72, 48, 16), (9, 3, 3, 33, 50, 16), (1, 8, 2, 40, 48, 16), (150, 2, 1, 64, 136, 128)]
 # images, tokens, width: in registers, narrow and wide, and in memory, by words and by elements
 NORM_SIZES = [(2, 5, 72), (3, 7, 33), (1, 19, 384), (2, 3, 1152), (1, 2, 2104)]
-ATTENTION_SIZES = [(1, 128, 1, 72), (140, 256, 1, 64), (2, 384, 3, 88)]  # images, tokens, heads, width
+# images, tokens, heads, width; the last in pairs of blocks
+ATTENTION_SIZES = [(1, 128, 1, 72), (140, 256, 1, 64), (2, 384, 3, 88), (35, 512, 2, 72)]
 # tokens, experts, choices, widths: several tiles for each block of a product, alone and, where the width is large, in
 # pairs, some of whose tiles are split or half empty
 MANY_TILES = [(1200, 4, 2, 64, 1216), (1200, 8, 2, 512, 1216)]
@@ -113,8 +114,9 @@ def run_attention(dtype: torch.dtype) -> None:
     """The kernel that normalises queries and keys too, with more heads than multiprocessors and with fewer."""
     for images, tokens, heads, width in ATTENTION_SIZES:
         qkv = torch.randn(images, tokens, 3, heads, width, device="cuda", dtype=dtype)
-        for weight_dtype in (dtype, torch.float32):
-            self_attention(qkv, torch.randn(4, width, device="cuda", dtype=weight_dtype).unbind(), backend="cuda")
+        for weight_dtype, scale in ((dtype, 1.0), (torch.float32, 0.3)):  # scores without a bound, and with one
+            weights = scale * torch.randn(4, width, device="cuda", dtype=weight_dtype)
+            self_attention(qkv, weights.unbind(), backend="cuda")
     torch.cuda.synchronize()
 
 

@@ -1,5 +1,6 @@
 // Launch of the attention; see launch.h.
 #include <algorithm>
+#include <iterator>
 #include <limits>
 
 #include "attention.cuh"
@@ -10,41 +11,48 @@ namespace {
 
 struct AttentionProblem {
   const void* qkv;
-  AttentionArguments arguments;  // without passes
+  int64_t images;
+  AttentionArguments arguments;  // without what split() says
   cudaStream_t stream;
 };
 
-// Boxes of 128 tokens of one of 3 * heads matrices, each as wide as a head.
+// Boxes of tokens of one of 3 * heads matrices, each as wide as a head.
 template <class C>
-cudaError_t make_head_map(CUtensorMap* map, const AttentionProblem& problem, int box_columns) {
+cudaError_t make_head_map(CUtensorMap* map, const AttentionProblem& problem, int box_rows, int box_columns) {
   constexpr bool is_bf16 = std::is_same_v<typename C::Element, __nv_bfloat16>;
   const cuuint64_t width = C::kWidth, heads = 3 * static_cast<cuuint64_t>(problem.arguments.heads);
-  const cuuint64_t rows = static_cast<cuuint64_t>(problem.arguments.images) * problem.arguments.tokens;
-  return encode_map<3>(map, problem.qkv, is_bf16, {width, rows, heads}, {heads * width * 2, width * 2}, kSlotRows,
+  const cuuint64_t rows = static_cast<cuuint64_t>(problem.images) * problem.arguments.tokens;
+  return encode_map<3>(map, problem.qkv, is_bf16, {width, rows, heads}, {heads * width * 2, width * 2}, box_rows,
                        box_columns);
+}
+
+// Who takes which queries.
+inline AttentionArguments split(const AttentionProblem& problem, int multiprocessors) {
+  AttentionArguments arguments = problem.arguments;
+  const int64_t heads = problem.images * arguments.heads;
+  arguments.query_blocks = arguments.tokens / kSlotRows;
+  // Keys and values of two slots each stay where there is a head for every multiprocessor.
+  arguments.passes = arguments.query_blocks == 2 && heads >= multiprocessors ? 2 : 1;
+  arguments.blocks = arguments.query_blocks > 2 && arguments.query_blocks % 2 == 0 ? 2 : 1;
+  arguments.items = static_cast<int>(heads * (arguments.query_blocks / (arguments.passes * arguments.blocks)));
+  return arguments;
 }
 
 template <class C>
 cudaError_t launch_attention(const AttentionProblem& problem) {
-  const auto kernel = attention_kernel<C>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kDynamicBytes);
-  if (error != cudaSuccess) return error;
-  CUtensorMap map_main{}, map_rest{}, map_values{};
-  error = make_head_map<C>(&map_main, problem, 64);
-  if (error == cudaSuccess && C::kRest > 0) error = make_head_map<C>(&map_rest, problem, C::kRest);
-  if (error == cudaSuccess) error = make_head_map<C>(&map_values, problem, 32);
-  if (error != cudaSuccess) return error;
   int multiprocessors;
-  error = count_multiprocessors(&multiprocessors);
+  cudaError_t error = count_multiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;
-  AttentionArguments arguments = problem.arguments;
-  const int64_t heads = int64_t{arguments.images} * arguments.heads, query_blocks = arguments.tokens / kSlotRows;
-  // Keys and values of two slots each stay where there is a head for every multiprocessor.
-  arguments.passes = query_blocks == 2 && heads >= multiprocessors ? 2 : 1;
-  const int64_t items = heads * query_blocks / arguments.passes;
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(items, multiprocessors));
-  kernel<<<blocks, kAttentionThreads, C::kDynamicBytes, problem.stream>>>(map_main, map_rest, map_values, arguments);
-  return cudaGetLastError();
+  const AttentionArguments arguments = split(problem, multiprocessors);
+  const int box_rows = kSlotRows / arguments.blocks;
+  CUtensorMap map_main{}, map_rest{}, map_values{};
+  error = make_head_map<C>(&map_main, problem, box_rows, 64);
+  if (error == cudaSuccess && C::kRest > 0) error = make_head_map<C>(&map_rest, problem, box_rows, C::kRest);
+  if (error == cudaSuccess) error = make_head_map<C>(&map_values, problem, box_rows, 32);
+  if (error != cudaSuccess) return error;
+  const int64_t clusters = std::min<int64_t>(arguments.items, multiprocessors / arguments.blocks);
+  return launch_clusters(attention_kernel<C>, clusters, arguments.blocks, kAttentionThreads, C::kDynamicBytes,
+                         problem.stream, map_main, map_rest, map_values, arguments);
 }
 
 template <typename Element>
@@ -82,10 +90,15 @@ extern "C" cudaError_t dit_moe_qk_norm_attention(const void* qkv, const void* q_
   const bool fp32 = weight_dtype == DIT_MOE_FLOAT32;
   if (!fp32 && weight_dtype != dtype) return cudaErrorInvalidValue;
   if (blocks * num_heads == 0) return cudaSuccess;
-  const AttentionArguments arguments{
-      {q_weight, q_bias, k_weight, k_bias}, out, static_cast<int>(num_images), static_cast<int>(num_tokens),
-      static_cast<int>(num_heads),          0,   static_cast<float>(eps),      fp32};
-  const AttentionProblem problem{qkv, arguments, stream};
+  AttentionArguments arguments{};
+  const void* const weights[] = {q_weight, q_bias, k_weight, k_bias};
+  std::copy(std::begin(weights), std::end(weights), arguments.weights);
+  arguments.out = out;
+  arguments.tokens = static_cast<int>(num_tokens);
+  arguments.heads = static_cast<int>(num_heads);
+  arguments.eps = static_cast<float>(eps);
+  arguments.weights_fp32 = fp32;
+  const AttentionProblem problem{qkv, num_images, arguments, stream};
   switch (dtype) {
     case DIT_MOE_FLOAT16:
       return launch_attention<__half>(problem, width);

@@ -4,16 +4,16 @@
 // A block takes a head of an image, or 128 queries of one. One thread has the copy engine fetch 128 rows of queries,
 // keys or values into a slot of shared memory, as far ahead as slots are free; a warpgroup normalises queries and keys
 // there, a thread a row. Two consumer warpgroups take 64 of 128 queries each: products and a softmax that never leave
-// registers (the running maximum and sum of FlashAttention, arXiv 2205.14135), over 128 keys at a time.
+// registers, over 128 keys at a time. Where an image has many queries, two blocks of a cluster take 128 of a head each
+// and fetch half of its keys and values for both: the copies of narrow rows are what bounds that case otherwise.
 //
 // A head is 64, 72 or 88 columns wide. A slot holds queries or keys as a tile of 64 columns and, behind it, a narrow
 // one with the rest and with zeros up to a multiple of 16, which the copy engine puts where a head ends; values as
 // tiles of 32 columns, of which one instruction takes as many columns as a head has.
 #pragma once
 
-#include <limits>
-
 #include "attention_norm.cuh"
+#include "online_softmax.cuh"
 #include "pipeline.cuh"
 
 namespace dit_moe::sm90 {
@@ -23,8 +23,11 @@ constexpr int kSlotRows = 128;
 struct AttentionArguments {
   const void* weights[4];  // LayerNorm's for queries: weight, bias, (width,); then for keys
   void* out;               // (images, tokens, heads, width)
-  int images, tokens, heads;
-  int passes;  // blocks of 128 queries of an item, which its keys and values stay for: 1, or all of them
+  int tokens, heads;
+  int query_blocks;  // of 128 queries of an image
+  int passes;        // query blocks that keys and values stay for: 1, or all of them
+  int blocks;        // of a cluster, 1 or 2: each takes other queries, and copies half of the keys and values for both
+  int items;         // heads of the queries that a cluster takes at a time
   float eps;
   bool weights_fp32;  // otherwise they are Elements
 };
@@ -75,13 +78,9 @@ class AttentionBlock {
         map_values_(map_values),
         arguments_(arguments),
         weights_(reinterpret_cast<float*>(shared + C::kWeightsAt)),
-        shared_(shared_address(shared)) {
-    query_blocks_ = arguments.tokens / kSlotRows;
-    passes_ = arguments.passes;
-    items_ = arguments.images * (query_blocks_ / passes_) * arguments.heads;
-  }
+        shared_(shared_address(shared)) {}
 
-  // All threads: barriers, and the norms' weights in fp32.
+  // All threads: barriers, and the norms' weights in fp32; queries are scaled for softmax to the base of 2.
   __device__ __forceinline__ void prepare() const {
     if (threadIdx.x == 0) {
       prefetch_map(&map_main_);
@@ -90,19 +89,20 @@ class AttentionBlock {
       for (int slot = 0; slot < C::kSlots; ++slot) {
         barrier_init(landed(slot), 1);
         barrier_init(normalised(slot), kGroupThreads / 32);
-        barrier_init(empty(slot), kConsumerWarps);
+        barrier_init(empty(slot), slot < C::kQuerySlots ? 2 * kGroupThreads : kConsumerWarps * arguments_.blocks);
       }
       barrier_init_fence();
     }
     for (int i = threadIdx.x; i < 4 * C::kWidth; i += blockDim.x) {
       const void* const source = arguments_.weights[i / C::kWidth];
       const int place = i % C::kWidth;
-      weights_[i] = arguments_.weights_fp32 ? static_cast<const float*>(source)[place]
-                                            : static_cast<float>(static_cast<const Element*>(source)[place]);
+      const float weight = arguments_.weights_fp32 ? static_cast<const float*>(source)[place]
+                                                   : static_cast<float>(static_cast<const Element*>(source)[place]);
+      weights_[i] = i < 2 * C::kWidth ? weight * rsqrtf(static_cast<float>(C::kWidth)) * kLog2E : weight;
     }
   }
 
-  // One thread.
+  // A warp.
   __device__ __forceinline__ void copy() const {
     for (Cursor cursor(*this); cursor.valid(); cursor.advance()) copy(cursor);
   }
@@ -121,35 +121,37 @@ class AttentionBlock {
 
   // group: which 64 of 128 queries.
   __device__ __forceinline__ void attend(int group) const {
-    const float scale = rsqrtf(static_cast<float>(C::kWidth)) * kLog2E;  // for powers of two, not of e
+    if (scores_are_bounded<Element, C::kWidth>(weights_)) {
+      attend<true>(group);
+    } else {
+      attend<false>(group);
+    }
+  }
+
+ private:
+  template <bool kBounded>
+  __device__ __forceinline__ void attend(int group) const {
     Ring<C::kQuerySlots> queries;
     Ring<C::kKeySlots> keys;
-    for (int item = blockIdx.x; item < items_; item += gridDim.x) {
-      for (int pass = 0; pass < passes_; ++pass) {
-        Sums sums;
-        const bool last = pass + 1 == passes_;  // the keys and values have done their part
+    for (int item = first_item(); item < arguments_.items; item += item_step()) {
+      for (int pass = 0; pass < arguments_.passes; ++pass) {
+        Sums<C::kWidth> sums;
+        const bool last = pass + 1 == arguments_.passes;  // the keys and values have done their part
         Ring<C::kKeySlots> from_here = keys;
-        attend(group, queries, from_here, last, scale, sums);
+        attend<kBounded>(group, queries, from_here, last, sums);
         if (last) keys = from_here;
-        store(item / arguments_.heads * passes_ + pass, item % arguments_.heads, group, queries.stage, sums);
-        release(queries.stage);
+        store(query_block(item, pass), item % arguments_.heads, group, queries.stage, sums);
+        // Each lane: results went through the slot, and the race checker does not see what orders a warp's lanes.
+        barrier_arrive(empty(queries.stage));
         queries.advance();
       }
     }
   }
 
- private:
-  // Of a lane's two rows, in the layout of the instruction's accumulators.
-  struct Sums {
-    float values[C::kWidth / 2];
-    float maximum[2] = {kLowest, kLowest};
-    float total[2] = {};
-    static constexpr float kLowest = -std::numeric_limits<float>::infinity();
-  };
-
   // 64 queries with all keys and values from the ring's place on.
+  template <bool kBounded>
   __device__ __forceinline__ void attend(int group, const Ring<C::kQuerySlots>& queries, Ring<C::kKeySlots>& keys,
-                                         bool last, float scale, Sums& sums) const {
+                                         bool last, Sums<C::kWidth>& sums) const {
     barrier_wait(normalised(queries.stage), queries.phase);
     for (int done = 0; done < arguments_.tokens; done += kSlotRows) {
       const int key_slot = C::kQuerySlots + keys.stage, value_slot = key_slot + 1;
@@ -158,7 +160,7 @@ class AttentionBlock {
       barrier_wait(normalised(key_slot), keys.phase);
       score(queries.stage, group, key_slot, scores);
       if (last) release(key_slot);
-      soften(scores, scale, done == 0, sums, shares);
+      soften<Element, kBounded, kSlotRows>(scores, done == 0, sums, shares);
       barrier_wait(landed(value_slot), keys.phase);
       add_values(value_slot, done == 0, shares, sums);
       if (last) release(value_slot);
@@ -176,8 +178,8 @@ class AttentionBlock {
     Ring<C::kQuerySlots> queries;
     Ring<C::kKeySlots> keys;
 
-    explicit __device__ __forceinline__ Cursor(const AttentionBlock& b) : block(b), item(blockIdx.x) {}
-    __device__ __forceinline__ bool valid() const { return item < block.items_; }
+    explicit __device__ __forceinline__ Cursor(const AttentionBlock& b) : block(b), item(b.first_item()) {}
+    __device__ __forceinline__ bool valid() const { return item < block.arguments_.items; }
     __device__ __forceinline__ int slot() const { return part == 0 ? queries.stage : C::kQuerySlots + keys.stage; }
     __device__ __forceinline__ uint32_t phase() const { return part == 0 ? queries.phase : keys.phase; }
     __device__ __forceinline__ void advance() {
@@ -196,13 +198,21 @@ class AttentionBlock {
       rows += kSlotRows;
       if (rows < block.arguments_.tokens) return;
       part = 0;
-      if (++pass == block.passes_) leave();
+      if (++pass == block.arguments_.passes) leave();
     }
     __device__ __forceinline__ void leave() {
-      item += gridDim.x;
+      item += block.item_step();
       part = pass = rows = 0;
     }
   };
+
+  __device__ __forceinline__ int first_item() const { return blockIdx.x / arguments_.blocks; }
+  __device__ __forceinline__ int item_step() const { return gridDim.x / arguments_.blocks; }
+  // Counted over all images.
+  __device__ __forceinline__ int query_block(int item, int pass) const {
+    return (item / arguments_.heads * arguments_.passes + pass) * arguments_.blocks + rank();
+  }
+  __device__ __forceinline__ int rank() const { return arguments_.blocks > 1 ? static_cast<int>(cluster_rank()) : 0; }
 
   __device__ __forceinline__ uint32_t tile(int slot) const { return shared_ + slot * C::kSlotBytes; }
   __device__ __forceinline__ uint32_t rest_tile(int slot) const { return tile(slot) + C::kTileBytes; }
@@ -217,29 +227,44 @@ class AttentionBlock {
     return rest_tile(slot) + row * C::kRestBytes + (number - 8 ^ row / (8 / chunks) % chunks) * 16;
   }
 
-  // Each warp for itself.
+  // Keys or values, by each warp for itself, to every block that copies to this slot.
   __device__ __forceinline__ void release(int slot) const {
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty(slot));
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) barrier_arrive(empty(slot));  // sooner than by way of the cluster
+    if (lane == 1 && arguments_.blocks > 1) barrier_arrive_remote(empty(slot), 1 - rank());
   }
 
-  // One thread: starts the copies of the cursor's rows as soon as their slot is free.
+  // A warp, one lane of which starts the copies of the cursor's rows as soon as their slot is free.
   __device__ __forceinline__ void copy(const Cursor& cursor) const {
-    const int slot = cursor.slot(), heads = arguments_.heads;
-    const int block = cursor.item / heads, head = cursor.item - block * heads;
-    const int image_row = block * passes_ / query_blocks_ * arguments_.tokens;
-    const int row = cursor.part == 0 ? (block * passes_ + cursor.pass) * kSlotRows : image_row + cursor.rows;
-    const int column = cursor.part * heads + head;
+    const int slot = cursor.slot(), head = cursor.item % arguments_.heads;
+    const int block = query_block(cursor.item, cursor.pass);
+    const int image_row = block / arguments_.query_blocks * arguments_.tokens;
+    const int row = cursor.part == 0 ? block * kSlotRows : image_row + cursor.rows;
+    const int matrix = cursor.part * arguments_.heads + head;
+    const int boxes = arguments_.blocks, box_rows = kSlotRows / boxes;
+    const bool share = cursor.part > 0 && boxes > 1;
     barrier_wait(empty(slot), cursor.phase() ^ 1);
-    if (cursor.part == 2) {
-      barrier_arrive_expect(landed(slot), C::kValueBytes);
+    __syncwarp();
+    if (!elect_one()) return;
+    barrier_arrive_expect(landed(slot), cursor.part == 2 ? C::kValueBytes : C::kKeyBytes);
+    for (int box = share ? rank() : 0; box < boxes; box += share ? boxes : 1) {
+      const auto copy_rows = [&](const CUtensorMap& map, uint32_t destination, int row_bytes, int column) {
+        destination += box * box_rows * row_bytes;
+        if (share) {
+          copy_box_multicast(&map, destination, landed(slot), kBoth, column, row + box * box_rows, matrix);
+        } else {
+          copy_box(&map, destination, landed(slot), column, row + box * box_rows, matrix);
+        }
+      };
+      if (cursor.part == 2) {
 #pragma unroll
-      for (int i = 0; i < C::kValueTiles; ++i) {
-        copy_box(&map_values_, tile(slot) + i * C::kValueTileBytes, landed(slot), 32 * i, row, column);
+        for (int i = 0; i < C::kValueTiles; ++i) {
+          copy_rows(map_values_, tile(slot) + i * C::kValueTileBytes, C::kValueRowBytes, 32 * i);
+        }
+      } else {
+        copy_rows(map_main_, tile(slot), kSwizzleBytes, 0);
+        if constexpr (C::kRest > 0) copy_rows(map_rest_, rest_tile(slot), C::kRestBytes, 64);
       }
-    } else {
-      barrier_arrive_expect(landed(slot), C::kKeyBytes);
-      copy_box(&map_main_, tile(slot), landed(slot), 0, row, column);
-      if constexpr (C::kRest > 0) copy_box(&map_rest_, rest_tile(slot), landed(slot), 64, row, column);
     }
   }
 
@@ -272,44 +297,8 @@ class AttentionBlock {
     pin(scores);
   }
 
-  // shares = exp(scores) over the maximum so far, in pairs as the instruction takes them; what was summed before under
-  // a lower maximum shrinks accordingly.
-  __device__ __forceinline__ void soften(const float (&scores)[kSlotRows / 2], float scale, bool first, Sums& sums,
-                                         uint32_t (&shares)[kSlotRows / 4]) const {
-#pragma unroll
-    for (int upper = 0; upper < 2; ++upper) {  // the lane's two rows
-      float highest = scores[2 * upper];
-#pragma unroll
-      for (int i = 0; i < kSlotRows / 8; ++i) {
-        highest = fmaxf(highest, fmaxf(scores[4 * i + 2 * upper], scores[4 * i + 2 * upper + 1]));
-      }
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-      highest = fmaxf(sums.maximum[upper], highest * scale);
-      if (!first) {
-        const float shrink = power_of_two(sums.maximum[upper] - highest);
-        sums.total[upper] *= shrink;
-#pragma unroll
-        for (int i = 0; i < C::kChunks; ++i) {
-          sums.values[4 * i + 2 * upper] *= shrink;
-          sums.values[4 * i + 2 * upper + 1] *= shrink;
-        }
-      }
-      sums.maximum[upper] = highest;
-      float total = 0;
-#pragma unroll
-      for (int i = 0; i < kSlotRows / 8; ++i) {
-        const float left = power_of_two(scores[4 * i + 2 * upper] * scale - highest);
-        const float right = power_of_two(scores[4 * i + 2 * upper + 1] * scale - highest);
-        total += left + right;
-        shares[2 * i + upper] = round_pair<Element>(left, right);
-      }
-      sums.total[upper] += total;
-    }
-  }
-
   __device__ __forceinline__ void add_values(int value_slot, bool first, uint32_t (&shares)[kSlotRows / 4],
-                                             Sums& sums) const {
+                                             Sums<C::kWidth>& sums) const {
     const uint64_t v = operand_descriptor<C::kValueRowBytes>(tile(value_slot), C::kValueTileBytes);
     pin(shares);
     mma_fence();
@@ -324,7 +313,8 @@ class AttentionBlock {
   }
 
   // By way of the queries' slot, where each warp's rows are its own again, to whole rows of memory.
-  __device__ __forceinline__ void store(int block, int head, int group, int query_slot, Sums& sums) const {
+  __device__ __forceinline__ void store(int block, int head, int group, int query_slot,
+                                        const Sums<C::kWidth>& sums) const {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     synchronize_group(group);  // the other warps' products have read the queries
     const int first_row = group * 64 + warp * 16;
@@ -360,9 +350,7 @@ class AttentionBlock {
   const AttentionArguments& arguments_;
   float* weights_;
   uint32_t shared_;
-  int query_blocks_;  // of an image
-  int passes_;
-  int items_;
+  static constexpr uint16_t kBoth = 3;
 };
 
 template <class C>
@@ -374,7 +362,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   uint8_t* const shared = dynamic_shared + (1024 - shared_address(dynamic_shared) % 1024) % 1024;
   const AttentionBlock<C> block(map_main, map_rest, map_values, arguments, shared);
   block.prepare();
-  __syncthreads();
+  const bool pair = arguments.blocks > 1;
+  if (pair) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);  // known to be the same for a warp
   if (group < 2) {
     take_registers<kAttendingRegisters>();
@@ -384,8 +377,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     block.normalise();
   } else {
     give_registers<kCopyingRegisters>();
-    if (threadIdx.x % kGroupThreads == 0) block.copy();
+    if (__shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0) == 0) block.copy();
+    __syncwarp();
   }
+  if (pair) cluster_sync();  // the other may still write here and arrive at barriers here
 }
 
 }  // namespace dit_moe::sm90

@@ -36,24 +36,30 @@ inline bool valid(const Problem& problem) {
          (problem.offsets != nullptr || problem.num_experts == 1);
 }
 
-template <class Block>
-cudaError_t enqueue(const CUtensorMap& map_a, const CUtensorMap& map_b, const typename Block::Arguments& arguments,
-                    int64_t clusters, cudaStream_t stream) {
-  const auto kernel = grouped_gemm_kernel<Block>;
-  constexpr int bytes = Block::Layout::kDynamicBytes;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+// blocks: of a cluster.
+template <typename... Parameters>
+cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int blocks, int threads, int shared_bytes,
+                            cudaStream_t stream, const Parameters&... arguments) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {Block::kCluster, 1, 1};
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * Block::kCluster));
-  config.blockDim = dim3(kThreads<Block>);
-  config.dynamicSmemBytes = bytes;
+  config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, map_a, map_b, arguments);
+  config.numAttrs = blocks > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class Block>
+cudaError_t enqueue(const CUtensorMap& map_a, const CUtensorMap& map_b, const typename Block::Arguments& arguments,
+                    int64_t clusters, cudaStream_t stream) {
+  return launch_clusters(grouped_gemm_kernel<Block>, clusters, Block::kCluster, kThreads<Block>,
+                         Block::Layout::kDynamicBytes, stream, map_a, map_b, arguments);
 }
 
 inline cudaError_t count_multiprocessors(int* count) {

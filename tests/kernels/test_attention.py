@@ -27,7 +27,7 @@ SHAPES = [(2, 5, 3, 72), (1, 9, 2, 24), (2, 128, 1, 64), (0, 4, 2, 8)]
 # For the one kernel: one to eight blocks of 128 queries, and fewer and more heads than a GPU has multiprocessors.
 FUSED_SHAPES = [
     (1, 128, 1, 72), (3, 128, 5, 88), (2, 256, 3, 64), (70, 256, 2, 72), (40, 256, 16, 88), (9, 256, 16, 64),
-    (2, 384, 4, 72), (1, 512, 3, 88), (2, 1024, 16, 72), (0, 256, 2, 72), (2, 0, 2, 72),
+    (2, 384, 4, 72), (1, 512, 3, 88), (24, 512, 16, 88), (2, 1024, 16, 72), (0, 256, 2, 72), (2, 0, 2, 72),
 ]  # fmt: skip
 NAMES = ["qkv", "q_weight", "q_bias", "k_weight"]
 ON_HOPPER = gpu_targets("cuda", dtypes=[BF16, FP16])
@@ -93,6 +93,17 @@ def test_scores_far_apart(target):
     inputs = inputs_of(target, (4, 384, 2, 72))
     inputs[1], inputs[3] = inputs[1] * 8, inputs[3] * 8
     assert_2x("output", run(target)(*inputs), naive(*(tensor.double() for tensor in inputs)), naive(*inputs))
+
+
+@pytest.mark.parametrize("weight", [2.2, 2.3])
+@pytest.mark.parametrize("target", ON_HOPPER)
+def test_scores_at_their_bound(target, weight):
+    """Keys along a query or against it: scores of 59, to the base of 2, need no maximum, those of 65 do."""
+    one = randn(72, target=target)
+    qkv = randn(2, 1024, 3, 2, 72, target=target)
+    qkv[:, :, :2] = torch.sign(qkv[:, :, :2, :, :1]) * one
+    norm = [torch.full_like(one, weight), torch.zeros_like(one)] * 2
+    assert_2x("output", run(target)(qkv, *norm), naive(qkv.double(), *(x.double() for x in norm)), naive(qkv, *norm))
 
 
 @pytest.mark.parametrize("target", gpu_targets("cuda"))
