@@ -230,8 +230,11 @@ class AttentionBlock {
   // Keys or values, by each warp for itself, to every block that copies to this slot.
   __device__ __forceinline__ void release(int slot) const {
     const int lane = threadIdx.x % 32;
-    if (lane == 0) barrier_arrive(empty(slot));  // sooner than by way of the cluster
-    if (lane == 1 && arguments_.blocks > 1) barrier_arrive_remote(empty(slot), 1 - rank());
+    if (arguments_.blocks > 1) {
+      if (lane < arguments_.blocks) barrier_arrive_remote(empty(slot), lane);
+    } else {
+      if (lane == 0) barrier_arrive(empty(slot));  // sooner than by way of a cluster
+    }
   }
 
   // A warp, one lane of which starts the copies of the cursor's rows as soon as their slot is free.
