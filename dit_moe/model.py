@@ -80,7 +80,7 @@ class DiTBlock(nn.Module):
         x_BND, normed_BND = modulated_norm(tokens, shift_mlp, scale_mlp)
         if not self.is_moe:
             return Residual(x_BND, gate_mlp, self.mlp(normed_BND)), None
-        if (uncombined := self.moe.uncombined(normed_BND)) is not None:
+        if isinstance(self.moe, MoEFeedForward) and (uncombined := self.moe.uncombined(normed_BND)) is not None:
             rows, routed = uncombined
             return Residual(x_BND, gate_mlp, rows), routed
         routed = self.moe(normed_BND)

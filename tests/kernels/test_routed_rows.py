@@ -12,7 +12,7 @@ from dit_moe_kernels import (
     unpermute,
 )
 
-from dit_moe import DiT_models
+from dit_moe import DiT_models, MoEFeedForward
 from dit_moe.layers import moe as moe_module
 from tests.kernels.test_routed_ffn import CASES, MODEL_CASES, layer_inputs
 from tests.kernels.util import BF16, FP16, FP32, gpu_targets, make_plan, randn, targets
@@ -113,6 +113,11 @@ def test_a_model_gives_the_same_with_rows(monkeypatch):
         model.blocks[1].moe.register_forward_hook(lambda module, args, out: seen.append(out.hidden.shape))
         torch.testing.assert_close(model(*inputs), expected)
         assert seen == [(2, 16, 48)] and len(taken) == 5
+        model.blocks[0].moe.__class__ = type("Other", (MoEFeedForward,), {})
+        forward = model.blocks[2].moe.forward
+        monkeypatch.setattr(model.blocks[2].moe, "forward", lambda x: forward(x))
+        torch.testing.assert_close(model(*inputs), expected)
+        assert len(taken) == 5  # a subclass, a hook and a replaced forward
 
 
 @pytest.mark.gpu

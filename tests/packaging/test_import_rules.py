@@ -28,6 +28,7 @@ LEVELS = {
         {"permute", "grouped_gemm", "linear_swiglu", "route", "attention"},
         {"expert_ffn"},
         {"routed_ffn"},
+        {"routed_rows"},
     ),
     "dit_moe": (
         {"config", "losses", "diffusion", "guidance", "graphs"},
