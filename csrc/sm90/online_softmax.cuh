@@ -30,8 +30,8 @@ struct Sums {
   }
 };
 
-// Scores of at most so much either way need no maximum: no sum of their powers overflows, and none of those that count
-// is lost, in fp32 or bf16, which have the same exponents.
+// Scores of at most so much either way need no maximum: in fp32 and bf16, which have the same exponents, no sum of 2^20
+// of their powers overflows, times values of up to 2^40, and no power that counts is lost.
 constexpr float kBound = 60.0f;
 
 // A warp. Whether no score can be beyond kBound: queries and keys are LayerNorms, sqrt(width) long before their weights

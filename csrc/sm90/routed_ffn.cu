@@ -36,7 +36,7 @@ struct Workspace {
   int32_t* ids;      // (T, K)
   DitMoePlan plan;   // without tokens_per_expert
   void* rows;        // (N, D): the tokens by expert, then their results
-  void* activation;  // (N, F), last, so that nothing else moves if it is elsewhere
+  void* activation;  // (N, F); these two last, so that nothing else moves if they are elsewhere
   int64_t bytes;
 };
 
