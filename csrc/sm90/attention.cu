@@ -27,7 +27,7 @@ cudaError_t make_head_map(CUtensorMap* map, const AttentionProblem& problem, int
 }
 
 // Who takes which queries.
-inline AttentionArguments split(const AttentionProblem& problem, int multiprocessors) {
+AttentionArguments split(const AttentionProblem& problem, int multiprocessors) {
   AttentionArguments arguments = problem.arguments;
   const int64_t heads = problem.images * arguments.heads;
   arguments.query_blocks = arguments.tokens / kSlotRows;
