@@ -22,6 +22,7 @@ from ..models import DEFAULT_PROVIDERS, PROVIDERS, Model, ModelShop, moe_config
 from ..results import Row
 from .base import Choice, Suite, Task, choose, choose_providers
 
+FRESH = "fresh"  # routing: as new routers do it, unevenly
 _CHECK_DEPTH = 2  # blocks of the copy whose results are compared with fp32: a whole XL in fp32 would not fit twice
 _CHECK_BATCH = 8  # images: enough tokens that those which rounding sends to another expert are as many in both results
 
@@ -48,7 +49,7 @@ def _tasks(suite: str, choice: Choice, cases: Sequence[str], batches: Sequence[i
             suite,
             case,
             mode,
-            "balanced",
+            FRESH,
             choice.dtype,
             choice.device,
             providers,
