@@ -178,10 +178,10 @@ class MoEFeedForward(nn.Module):
             Rows of the tokens in x's order, and an output whose hidden has no rows; or None, and the layer is to be
             called: it has hooks, a subclass or another `forward`, or this would not be faster.
         """
-        x_TD, gate, experts = self._tokens("x", x), self.gate, self.experts
         replaced = type(self) is not MoEFeedForward or getattr(self.forward, "__func__", None) is not type(self).forward
         if replaced or _watched(self) or not self._plain():
             return None
+        x_TD, gate, experts = self._tokens("x", x), self.gate, self.experts
         if not takes_rows(x_TD, gate.weight, experts.w2, gate.backend):
             return None
         addend_TD = None if self.shared_experts is None else self.shared_experts(x_TD)

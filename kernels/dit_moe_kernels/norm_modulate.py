@@ -76,20 +76,19 @@ def check_residual(x: Tensor, vectors: dict[str, Tensor], name: str, branch: Ten
     checks.check_same_device(name, branch, "x", x)
 
 
-def promoted(*tensors: Tensor) -> torch.dtype:
-    """What the tensors' dtypes promote to."""
+def _promoted(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
 
 
 def settle(backend: str, x: Tensor, *others: Tensor) -> tuple[torch.dtype, str]:
     """The dtype of the modulated output, and the backend."""
-    common = promoted(x, *others)
+    common = _promoted(x, *others)
     dtype = checks.product_dtype(x.device.type, common)
     refusal = unsupported(x.dtype, (*[other.dtype for other in others], dtype))
     return dtype, backends.resolve(backend, "norm", x.device.type, common, refusal=refusal)
 
 
-def rows_of(vectors: Tensor) -> Tensor:
+def _rows(vectors: Tensor) -> Tensor:
     """Vectors whose elements are neighbours, as the kernels want them."""
     return vectors if vectors.stride(1) == 1 else vectors.contiguous()
 
@@ -99,7 +98,7 @@ def rows_of(vectors: Tensor) -> Tensor:
 
 def _norm_impl(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, backend: str) -> Tensor:
     if backend != "reference":
-        return _kernels(backend).norm_modulate(x.contiguous(), rows_of(shift), rows_of(scale), eps, dtype)
+        return _kernels(backend).norm_modulate(x.contiguous(), _rows(shift), _rows(scale), eps, dtype)
     return reference_norm.norm_modulate(x, shift, scale, eps, dtype)
 
 
@@ -132,7 +131,7 @@ def _norm_backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _norm_backward_fake(dout, x, scale, eps, shift_dtype, backend)
     if backend != "reference":
-        _kernels(backend).norm_modulate_backward(dout.contiguous(), x.contiguous(), rows_of(scale), eps, *grads)
+        _kernels(backend).norm_modulate_backward(dout.contiguous(), x.contiguous(), _rows(scale), eps, *grads)
     else:
         _write(grads, reference_norm.norm_modulate_backward(dout, x, scale, eps))
     return grads
@@ -165,17 +164,32 @@ def _residual_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend != "reference":
-        total = x.new_empty(x.shape, dtype=promoted(x, gate, y))
-        residual = {"gate": rows_of(gate), "y": y.contiguous(), "total": total}
-        modulate = _kernels(backend).norm_modulate
-        return total, modulate(x.contiguous(), rows_of(shift), rows_of(scale), eps, dtype, **residual)
+        return run_residual(x, gate, y, shift, scale, eps, dtype, backend)
     return reference_norm.residual_norm_modulate(x, gate, y, shift, scale, eps, dtype)
 
 
-def _residual_fake(
-    x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, backend: str
+def run_residual(
+    x: Tensor,
+    gate: Tensor,
+    y: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+    **routed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=promoted(x, gate, y)), x.new_empty(x.shape, dtype=dtype)
+    """total and the modulated output, by kernels. routed: what makes tokens of y, if it is an expert layer's rows."""
+    total = x.new_empty(x.shape, dtype=_promoted(x, gate, y))
+    residual = {"gate": _rows(gate), "y": y.contiguous(), "total": total, **routed}
+    modulate = _kernels(backend).norm_modulate
+    return total, modulate(x.contiguous(), _rows(shift), _rows(scale), eps, dtype, **residual)
+
+
+def residual_fake(x: Tensor, gate: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """What `run_residual` returns, for torch.compile."""
+    *_, dtype, _backend = rest
+    return x.new_empty(x.shape, dtype=_promoted(x, gate, y)), x.new_empty(x.shape, dtype=dtype)
 
 
 def _residual_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -193,7 +207,7 @@ _residual_norm_modulate = define_op(
     "residual_norm_modulate(Tensor x, Tensor gate, Tensor y, Tensor shift, Tensor scale, float eps, ScalarType dtype, "
     "str backend) -> (Tensor, Tensor)",
     _residual_impl,
-    _residual_fake,
+    residual_fake,
     setup_context=_residual_setup,
     backward=_residual_backward,
 )
@@ -215,8 +229,8 @@ def _residual_backward_impl(
     if backend != "reference":
         dx, dgate, dy, dshift, dscale = grads
         dout, total, dsum, y = (tensor.contiguous() for tensor in (dout, total, dsum, y))
-        residual = {"dsum": dsum, "gate": rows_of(gate), "y": y, "dy": dy, "dgate": dgate}
-        _kernels(backend).norm_modulate_backward(dout, total, rows_of(scale), eps, dx, dshift, dscale, **residual)
+        residual = {"dsum": dsum, "gate": _rows(gate), "y": y, "dy": dy, "dgate": dgate}
+        _kernels(backend).norm_modulate_backward(dout, total, _rows(scale), eps, dx, dshift, dscale, **residual)
     else:
         _write(grads, reference_norm.residual_norm_modulate_backward(dsum, dout, total, gate, y, scale, eps))
     return grads

@@ -62,9 +62,7 @@ def routed_ffn(
     dtype = checks.autocast_dtype(x)
     if x.dtype == dtype:
         check_routed_ffn(*tensors, top_k)
-        fits = backends.whole_chunks(dtype, x.shape[1], w2.shape[2])
-        name = backends.resolve(backend, "expert_ffn", x.device, dtype, whole_chunks=fits)
-        if name == router.resolve(backend, x, gate):
+        if (name := common_backend(backend, x, gate, w2)) is not None:
             w13, w2, addend = w13.to(dtype), w2.to(dtype), None if addend is None else addend.to(dtype)
             if wants_gradient or balance_alpha is not None:
                 options = top_k, balance_alpha or 0.0, wants_gradient, name
@@ -87,6 +85,13 @@ def check_routed_ffn(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, addend: T
     checks.check_top_k(top_k, gate.shape[0])
     if addend is not None:
         check_addend(addend, x)
+
+
+def common_backend(backend: str, x: Tensor, gate: Tensor, w2: Tensor) -> str | None:
+    """The backend of both the router and the experts, so that one op may do all, or None where they differ."""
+    fits = backends.whole_chunks(x.dtype, x.shape[1], w2.shape[2])
+    name = backends.resolve(backend, "expert_ffn", x.device, x.dtype, whole_chunks=fits)
+    return name if name == router.resolve(backend, x, gate) else None
 
 
 def _run_parts(

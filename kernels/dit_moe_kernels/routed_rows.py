@@ -6,20 +6,17 @@ the norm can read the experts' rows itself: the output is neither written nor re
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, configs, reference, reference_norm, router
+from . import backends, checks, configs, reference, reference_norm
 from .library import define_op
-from .norm_modulate import check_residual, promoted, residual_norm_modulate, rows_of, settle
+from .norm_modulate import check_residual, residual_fake, residual_norm_modulate, run_residual, settle
 from .permute import combine
-from .route import run_route
-from .routed_ffn import check_routed_ffn
-
-_norms = functools.partial(backends.kernels, "cuda", "norm_modulate")
+from .route import route_fake, run_route
+from .routed_ffn import check_routed_ffn, common_backend
 
 
 class RoutedRows(NamedTuple):
@@ -45,9 +42,7 @@ def takes_rows(x: Tensor, gate: Tensor, w2: Tensor, backend: str = "auto") -> bo
     """Whether `routed_rows` would run in CUDA on these tokens, where it and the norm are faster than the layer."""
     if torch.is_grad_enabled() or x.dtype != checks.autocast_dtype(x):
         return False
-    fits = backends.whole_chunks(x.dtype, x.shape[1], w2.shape[2])
-    name = backends.resolve(backend, "expert_ffn", x.device, x.dtype, whole_chunks=fits)
-    return name == "cuda" == router.resolve(backend, x, gate)
+    return common_backend(backend, x, gate, w2) == "cuda"
 
 
 def routed_rows(
@@ -101,13 +96,10 @@ def _rows_impl(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, bac
     return rows, weights, slot_to_row, probs, counts
 
 
-def _rows_fake(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, _: str) -> tuple[Tensor, ...]:
-    num_tokens, num_experts = x.shape[0], gate.shape[0]
-    wide = reference.accumulation_dtype(torch.promote_types(x.dtype, gate.dtype))
-    rows = x.new_empty(num_tokens * top_k, x.shape[1])
-    weights, probs = (x.new_empty(num_tokens, columns, dtype=wide) for columns in (top_k, num_experts))
-    slot_to_row, counts = (x.new_empty(size, dtype=torch.int32) for size in (num_tokens * top_k, num_experts))
-    return rows, weights, slot_to_row, probs, counts
+def _rows_fake(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, backend: str) -> tuple[Tensor, ...]:
+    tile_rows = configs.choose_tile_rows(x.shape[0] * top_k, gate.shape[0])
+    weights, _ids, probs, _balance, counts, _offsets, _slots, slot_to_row, *_ = route_fake(x, gate, top_k, tile_rows)
+    return x.new_empty(x.shape[0] * top_k, x.shape[1]), weights, slot_to_row, probs, counts
 
 
 _routed_rows = define_op(
@@ -168,21 +160,14 @@ def _combine_norm_impl(
     if backend != "cuda":
         y = reference.unpermute(rows, topk_weights, slot_to_row, topk_weights.shape[1], addend).view(x.shape)
         return reference_norm.residual_norm_modulate(x, gate, y, shift, scale, eps, dtype)
-    total = x.new_empty(x.shape, dtype=promoted(x, gate, rows))
-    branch = {"gate": rows_of(gate), "y": rows.contiguous(), "total": total, "weights": topk_weights.contiguous()}
-    added = {"slot_to_row": slot_to_row, "addend": None if addend is None else addend.contiguous()}
-    modulate = _norms().norm_modulate
-    return total, modulate(x.contiguous(), rows_of(shift), rows_of(scale), eps, dtype, **branch, **added)
-
-
-def _combine_norm_fake(x: Tensor, gate: Tensor, rows: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, dtype, _backend = rest
-    return x.new_empty(x.shape, dtype=promoted(x, gate, rows)), x.new_empty(x.shape, dtype=dtype)
+    addend = None if addend is None else addend.contiguous()
+    routed = {"weights": topk_weights.contiguous(), "slot_to_row": slot_to_row, "addend": addend}
+    return run_residual(x, gate, rows, shift, scale, eps, dtype, backend, **routed)
 
 
 _combine_norm = define_op(
     "combine_norm_modulate(Tensor x, Tensor gate, Tensor rows, Tensor topk_weights, Tensor slot_to_row, Tensor? addend,"
     " Tensor shift, Tensor scale, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor)",
     _combine_norm_impl,
-    _combine_norm_fake,
+    residual_fake,
 )
