@@ -326,7 +326,7 @@ class AttentionBlock {
       float total = sums.total[upper];
       total += __shfl_xor_sync(0xffffffffu, total, 1);
       total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const float inverse = 1.0f / total;
+      const float inverse = reciprocal(total);
       const int row = first_row + upper * 8 + lane / 4;
 #pragma unroll
       for (int i = 0; i < C::kChunks; ++i) {
@@ -338,10 +338,11 @@ class AttentionBlock {
     const int heads = arguments_.heads;
     const int64_t first = int64_t{block} * kSlotRows + first_row;  // blocks of queries lie behind one another
     Element* const target = static_cast<Element*>(arguments_.out) + (first * heads + head) * C::kWidth;
+#pragma unroll 2
     for (int place = lane; place < 16 * C::kChunks; place += 32) {
       const int row = place / C::kChunks, number = place % C::kChunks;
       const uint4 word = load_shared(chunk(query_slot, first_row + row, number));
-      *reinterpret_cast<uint4*>(target + int64_t{row} * heads * C::kWidth + number * 8) = word;
+      store_global(target + int64_t{row} * heads * C::kWidth + number * 8, word);
     }
     shared_fence();
     __syncwarp();

@@ -254,6 +254,13 @@ __device__ __forceinline__ void synchronize_group(int group) {
   }
 }
 
+// One instruction: an assignment through a pointer has been seen to become four.
+__device__ __forceinline__ void store_global(void* address, const uint4& value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 // ---- special functions, within a few units of fp32's last place
 
 constexpr float kLog2E = 1.44269504f;
