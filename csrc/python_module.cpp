@@ -108,13 +108,13 @@ void router_logits(Address x, Address gate, Address logits, int64_t num_tokens, 
                                                num_experts, dtype, gate_dtype, stream_handle(stream)));
 }
 
-void router_gradients(Address dlogits, Address x, Address gate, Address addend, Address dx, Address dgate,
-                      Address parts, int64_t num_tokens, int64_t depth, int64_t num_experts, DitMoeDtype dtype,
-                      DitMoeDtype gate_dtype, Address stream) {
+void router_gradients(Address dlogits, Address x, Address gate, Address rows, Address slot_to_row, Address dx,
+                      Address dgate, Address parts, int64_t num_tokens, int64_t depth, int64_t num_experts,
+                      int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
   check("router_gradients",
-        dit_moe_router_gradients(pointer<float>(dlogits), pointer(x), pointer(gate), pointer(addend), pointer(dx),
-                                 pointer(dgate), pointer<float>(parts), num_tokens, depth, num_experts, dtype,
-                                 gate_dtype, stream_handle(stream)));
+        dit_moe_router_gradients(pointer<float>(dlogits), pointer(x), pointer(gate), pointer(rows),
+                                 pointer<int32_t>(slot_to_row), pointer(dx), pointer(dgate), pointer<float>(parts),
+                                 num_tokens, depth, num_experts, top_k, dtype, gate_dtype, stream_handle(stream)));
 }
 
 void topk_softmax(Address logits, Address weights, Address ids, Address probs, int64_t num_tokens, int64_t num_experts,
@@ -295,8 +295,9 @@ PYBIND11_MODULE(_C, module) {
              py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"),
              py::arg("stream"));
   module.def("router_gradients", &router_gradients, Unlocked(), py::arg("dlogits"), py::arg("x"), py::arg("gate"),
-             py::arg("addend"), py::arg("dx"), py::arg("dgate"), py::arg("parts"), py::arg("num_tokens"),
-             py::arg("depth"), py::arg("num_experts"), py::arg("dtype"), py::arg("gate_dtype"), py::arg("stream"));
+             py::arg("rows"), py::arg("slot_to_row"), py::arg("dx"), py::arg("dgate"), py::arg("parts"),
+             py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("top_k"), py::arg("dtype"),
+             py::arg("gate_dtype"), py::arg("stream"));
   module.def("topk_softmax", &topk_softmax, Unlocked(), py::arg("logits"), py::arg("weights"), py::arg("ids"),
              py::arg("probs"), py::arg("num_tokens"), py::arg("num_experts"), py::arg("top_k"), py::arg("stream"));
   module.def("topk_softmax_backward", &topk_softmax_backward, Unlocked(), py::arg("dweights"), py::arg("dprobs"),

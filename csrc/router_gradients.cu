@@ -17,17 +17,18 @@ constexpr int kFewestTokens = 32;  // of a part
 constexpr int kSlices = 8;         // of the parts, added up side by side
 
 struct Arguments {
-  const float* dlogits;  // (T, E)
-  const void* x;         // (T, D)
-  const void* gate;      // (E, D)
-  const void* addend;    // (T, D), or null
-  void* dx;              // (T, D)
-  float* parts;          // (parts, E, D): each part's sum over its tokens
-  void* dgate;           // (E, D)
+  const float* dlogits;        // (T, E)
+  const void* x;               // (T, D)
+  const void* gate;            // (E, D)
+  const void* rows;            // (N, D), or null
+  const int32_t* slot_to_row;  // (T * K,), -1 for none
+  void* dx;                    // (T, D)
+  float* parts;                // (parts, E, D): each part's sum over its tokens
+  void* dgate;                 // (E, D)
   int64_t num_tokens;
   int64_t part_tokens;
   unsigned words;  // of a row of x
-  int depth, num_experts, num_parts;
+  int depth, num_experts, top_k, num_parts;
 };
 
 // Neighbouring elements as floats, kCount of them in whole words of 16 bytes or, of a narrow type, in part of one.
@@ -46,7 +47,7 @@ __device__ __forceinline__ void load_floats(const T* address, float (&values)[kC
   for (int i = 0; i < kCount; ++i) values[i] = to_float(elements[i]);
 }
 
-// dx[t] = addend[t] + sum over e of dlogits[t, e] gate[e], in the order of e.
+// dx[t] = sum over k of the rows of t's slots + sum over e of dlogits[t, e] gate[e], in the order of k, then of e.
 template <typename X, typename Gate>
 __global__ void __launch_bounds__(kThreads) tokens_kernel(const Arguments arguments) {
   constexpr int kPack = kWideBytes / sizeof(X);
@@ -56,10 +57,20 @@ __global__ void __launch_bounds__(kThreads) tokens_kernel(const Arguments argume
   const int count = static_cast<int>(min(arguments.num_tokens - first, static_cast<int64_t>(kTokens)));
   const auto* gate = static_cast<const Gate*>(arguments.gate) + word * kPack;
   float sum[kTokens][kPack] = {};
-  if (arguments.addend != nullptr) {
-    const auto* addend = static_cast<const X*>(arguments.addend) + word * kPack;
+  for (int k = 0; k < arguments.top_k; ++k) {
+    int32_t row[kTokens];
+    float value[kTokens][kPack];
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) load_floats(addend + (first + min(t, count - 1)) * arguments.depth, sum[t]);
+    for (int t = 0; t < kTokens; ++t) {
+      row[t] = __ldg(arguments.slot_to_row + (first + min(t, count - 1)) * arguments.top_k + k);
+      const int64_t place = static_cast<int64_t>(max(row[t], 0)) * arguments.depth + word * kPack;
+      load_floats(static_cast<const X*>(arguments.rows) + place, value[t]);
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) sum[t][i] += row[t] >= 0 ? value[t][i] : 0.0f;
+    }
   }
   for (int e = 0; e < arguments.num_experts; ++e) {
     float weight[kPack];
@@ -155,6 +166,15 @@ __global__ void __launch_bounds__(kWarp* kSlices) gate_kernel(const Arguments ar
   static_cast<Gate*>(arguments.dgate)[place] = static_cast<Gate>(sum);
 }
 
+// Blocks of threads, each with as many of `units` of a row.
+struct Columns {
+  unsigned blocks, threads;
+  explicit Columns(unsigned units) {
+    blocks = (units + kThreads - 1) / kThreads;
+    threads = ((units + blocks - 1) / blocks + kWarp - 1) / kWarp * kWarp;
+  }
+};
+
 // Sets part_tokens and num_parts.
 template <typename X>
 cudaError_t launch_parts(Arguments& arguments, cudaStream_t stream) {
@@ -163,24 +183,22 @@ cudaError_t launch_parts(Arguments& arguments, cudaStream_t stream) {
   const int64_t fewest = std::max<int64_t>(ceil_div(arguments.num_tokens, DIT_MOE_ROUTER_PARTS), kFewestTokens);
   arguments.part_tokens = ceil_div(fewest, kInFlight) * kInFlight;
   arguments.num_parts = static_cast<int>(ceil_div(arguments.num_tokens, arguments.part_tokens));
-  const unsigned quads = arguments.depth / kColumns, column_blocks = (quads + kThreads - 1) / kThreads;
-  const unsigned threads = ((quads + column_blocks - 1) / column_blocks + kWarp - 1) / kWarp * kWarp;
+  const Columns columns(arguments.depth / kColumns);
   const bool few = arguments.num_experts <= 8;
-  const dim3 grid(column_blocks, static_cast<unsigned>(arguments.num_parts),
+  const dim3 grid(columns.blocks, static_cast<unsigned>(arguments.num_parts),
                   static_cast<unsigned>(ceil_div(arguments.num_experts, few ? 8 : 16)));
   const auto kernel = few ? parts_kernel<X, 8> : parts_kernel<X, 16>;
-  kernel<<<grid, threads, 0, stream>>>(arguments);
+  kernel<<<grid, columns.threads, 0, stream>>>(arguments);
   return cudaGetLastError();
 }
 
 template <typename X, typename Gate>
 cudaError_t launch(Arguments arguments, cudaStream_t stream) {
   arguments.words = static_cast<unsigned>(arguments.depth / (kWideBytes / static_cast<int64_t>(sizeof(X))));
-  const auto threads = std::min<unsigned>(kThreads, (arguments.words + kWarp - 1) / kWarp * kWarp);
-  const unsigned column_blocks = (arguments.words + threads - 1) / threads;
   if (arguments.dx != nullptr && arguments.num_tokens > 0) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(arguments.num_tokens, kTokens)), column_blocks);
-    tokens_kernel<X, Gate><<<grid, threads, 0, stream>>>(arguments);
+    const Columns columns(arguments.words);
+    const dim3 grid(static_cast<unsigned>(ceil_div(arguments.num_tokens, kTokens)), columns.blocks);
+    tokens_kernel<X, Gate><<<grid, columns.threads, 0, stream>>>(arguments);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   if (arguments.dgate == nullptr) return cudaSuccess;
@@ -193,23 +211,28 @@ cudaError_t launch(Arguments arguments, cudaStream_t stream) {
 }  // namespace
 }  // namespace dit_moe
 
-extern "C" cudaError_t dit_moe_router_gradients(const float* dlogits, const void* x, const void* gate,
-                                                const void* addend, void* dx, void* dgate, float* parts,
-                                                int64_t num_tokens, int64_t depth, int64_t num_experts,
+extern "C" cudaError_t dit_moe_router_gradients(const float* dlogits, const void* x, const void* gate, const void* rows,
+                                                const int32_t* slot_to_row, void* dx, void* dgate, float* parts,
+                                                int64_t num_tokens, int64_t depth, int64_t num_experts, int64_t top_k,
                                                 DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream) {
   using namespace dit_moe;
   constexpr int64_t max_depth = 1 << 26;  // a grid's second dimension
   if (!valid_router(x, gate, num_tokens, depth, num_experts, dtype, gate_dtype) || depth > max_depth) {
     return cudaErrorInvalidValue;
   }
-  for (const void* matrix : {addend, const_cast<const void*>(dx), static_cast<const void*>(parts)}) {
+  if (rows != nullptr && (slot_to_row == nullptr || top_k < 1 || !fits_in_31_bits(num_tokens * top_k))) {
+    return cudaErrorInvalidValue;
+  }
+  for (const void* matrix : {rows, const_cast<const void*>(dx), static_cast<const void*>(parts)}) {
     if (reinterpret_cast<uintptr_t>(matrix) % kWideBytes != 0) return cudaErrorInvalidValue;
   }
   Arguments arguments{};
   arguments.dlogits = dlogits;
   arguments.x = x;
   arguments.gate = gate;
-  arguments.addend = addend;
+  arguments.rows = rows;
+  arguments.slot_to_row = slot_to_row;
+  arguments.top_k = rows == nullptr ? 0 : static_cast<int>(top_k);
   arguments.dx = dx;
   arguments.parts = parts;
   arguments.dgate = dgate;

@@ -120,15 +120,15 @@ cudaError_t dit_moe_qk_norm_backward(const void* dq_out, const void* dk_out, con
 cudaError_t dit_moe_router_logits(const void* x, const void* gate, float* logits, int64_t num_tokens, int64_t depth,
                                   int64_t num_experts, DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream);
 
-// Gradients of the above for x and for the gate, in fp32: dx = addend + dlogits gate, dgate = dlogits^T x. The addend,
-// dx or dgate may be NULL; parts is only needed for the latter. D is at most 2^26.
-//   dlogits (T, E) fp32, x, addend (T, D) dtype, gate (E, D) gate_dtype -> dx (T, D) dtype, dgate (E, D) gate_dtype;
-//   parts (DIT_MOE_ROUTER_PARTS, E, D) fp32 is workspace
+// Gradients of the above for x and for the gate, in fp32: dx = each token's rows + dlogits gate, dgate = dlogits^T x.
+// The rows and slot_to_row, dx or dgate may be NULL; parts is only needed for the latter. D is at most 2^26.
+//   dlogits (T, E) fp32, x (T, D), rows (N, D) dtype, slot_to_row (T * K,) int32, -1 for none, gate (E, D) gate_dtype
+//   -> dx (T, D) dtype, dgate (E, D) gate_dtype; parts (DIT_MOE_ROUTER_PARTS, E, D) fp32 is workspace
 enum { DIT_MOE_ROUTER_PARTS = 256 };
-cudaError_t dit_moe_router_gradients(const float* dlogits, const void* x, const void* gate, const void* addend,
-                                     void* dx, void* dgate, float* parts, int64_t num_tokens, int64_t depth,
-                                     int64_t num_experts, DitMoeDtype dtype, DitMoeDtype gate_dtype,
-                                     cudaStream_t stream);
+cudaError_t dit_moe_router_gradients(const float* dlogits, const void* x, const void* gate, const void* rows,
+                                     const int32_t* slot_to_row, void* dx, void* dgate, float* parts,
+                                     int64_t num_tokens, int64_t depth, int64_t num_experts, int64_t top_k,
+                                     DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream);
 
 // probs = softmax(logits) over the experts, then each token's top_k largest in descending order, ties to the lower id.
 // A NaN or +inf in a row makes its probs and weights NaN; its ids are distinct and valid all the same.

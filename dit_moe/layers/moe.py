@@ -179,7 +179,7 @@ class MoEFeedForward(nn.Module):
             called: it has hooks, a subclass or another `forward`, or this would not be faster.
         """
         replaced = type(self) is not MoEFeedForward or getattr(self.forward, "__func__", None) is not type(self).forward
-        if replaced or _watched(self) or not self._plain():
+        if torch.is_grad_enabled() or replaced or _watched(self) or not self._plain():
             return None
         x_TD, gate, experts = self._tokens("x", x), self.gate, self.experts
         if not takes_rows(x_TD, gate.weight, experts.w2, gate.backend):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, checks, reference
 from .library import define_op
-from .permute import check_topk_weights
+from .permute import check_topk_weights, unpermute_rows
 from .routing import RoutingPlan
 
 
@@ -139,7 +139,10 @@ def _backward(ctx: Any, grad: Tensor | None, _dh: None) -> tuple[Tensor | None, 
     grads: tuple[Tensor | None, ...] = (None,) * 4
     if any(ctx.needs_input_grad[:4]):  # else only the addend has a gradient, and h was not kept
         *inputs, h = ctx.saved_tensors
-        grads = expert_ffn_gradients(grad, h, *inputs, ctx.tile_rows, ctx.backend)
+        dx_rows, *rest = expert_ffn_gradients(grad, h, *inputs, ctx.tile_rows, ctx.backend)
+        _x, _w13, _w2, weights, _offsets, row_to_slot, slot_to_row, *_ = inputs
+        dx = unpermute_rows(dx_rows, row_to_slot, slot_to_row, weights.shape[1], ctx.backend)
+        grads = dx, *rest
     return (*grads, grad if ctx.needs_input_grad[4] else None, *(None,) * 8)
 
 
@@ -168,9 +171,11 @@ def _backward_impl(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, 
 
 
 def _backward_fake(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, *_: Any):
-    return tuple(t.new_empty(t.shape) for t in (x, w13, w2, topk_weights))
+    rows = x.new_empty(h.shape[0], x.shape[1])
+    return rows, *(t.new_empty(t.shape) for t in (w13, w2, topk_weights))
 
 
+# For w13, w2, the weights and the rows of x, which are still to be combined into tokens.
 expert_ffn_gradients = define_op(
     "expert_ffn_backward(Tensor grad, Tensor h, Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, "
     f"{_PLAN_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",

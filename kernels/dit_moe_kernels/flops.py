@@ -40,7 +40,15 @@ def _weight_gradient(grad: Shape, x: Shape, *_: Any, **__: Any) -> int:
 
 
 def _router_gradients(
-    grad: Shape, x: Shape, gate: Shape, addend: Shape | None, wants_dx: bool, wants_dgate: bool, *_: Any, **__: Any
+    grad: Shape,
+    x: Shape,
+    gate: Shape,
+    rows: Shape | None,
+    slot_to_row: Shape | None,
+    wants_dx: bool,
+    wants_dgate: bool,
+    *_: Any,
+    **__: Any,
 ) -> int:
     return (wants_dx + wants_dgate) * _product(x, gate)
 

@@ -152,6 +152,12 @@ _unpermute = define_op(
     backward=_unpermute_backward,
 )
 
+
+def unpermute_rows(y: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
+    """`unpermute` by a plan's maps, on a backend that is known to run."""
+    return _unpermute(y, None, row_to_slot, slot_to_row, top_k, backend)
+
+
 # ---- unpermute with weights
 
 

@@ -225,7 +225,7 @@ def expert_ffn_backward(
     row_to_slot_N: Tensor,
     slot_to_row_N: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `expert_ffn` for x, w13, w2 and the router weights, recomputing all but h.
+    """Gradients of `expert_ffn` for x's rows, w13, w2 and the router weights, recomputing all but h.
 
     The router weight's gradient <dout, w2 a> equals <w2^T dout, a>, so the output rows need not be kept.
     """
@@ -240,8 +240,8 @@ def expert_ffn_backward(
     dw2_EDF = grouped_gemm_dw((dout_ND.to(wide) * weight_N1).to(x_TD.dtype), a_NF, expert_offsets)
     dh_N2F = swiglu_backward((g_NF.to(wide) * weight_N1).to(x_TD.dtype), h_N2F)
     dw13_E2FD = grouped_gemm_dw(dh_N2F, permute(x_TD, row_to_slot_N, top_k), expert_offsets)
-    dx_TD = unpermute(grouped_gemm_dx(dh_N2F, w13_E2FD, expert_offsets), None, slot_to_row_N, top_k)
-    return dx_TD, dw13_E2FD, dw2_EDF, dweights_TK.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
+    dx_ND = grouped_gemm_dx(dh_N2F, w13_E2FD, expert_offsets)
+    return dx_ND, dw13_E2FD, dw2_EDF, dweights_TK.view_as(topk_weights_TK).to(topk_weights_TK.dtype)
 
 
 def count_routing(

@@ -135,20 +135,22 @@ def route_gradients(
     scale: float,
     wanted: Sequence[bool],
     backend: str,
-    addend: Tensor | None = None,
+    rows: Tensor | None = None,
+    slot_to_row: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for x, to which an addend is added, and gate, from those of the weights, of probs and of the balance.
+    """Gradients for x and gate from those of the weights, of probs and of the balance.
 
-    scale: what `balance_scale` says. wanted: of x and gate.
+    scale: what `balance_scale` says. wanted: of x and gate. rows, slot_to_row: see `logits_gradients`; where there are
+    rows, the weights have a gradient.
     """
     dweights, dprobs, dbalance = grads
     if dbalance is not None and scale != 0:
         load = (dbalance * scale * tokens_per_expert.to(probs.dtype)).expand(probs.shape)
         dprobs = load if dprobs is None else dprobs + load
     if not any(wanted[:2]) or (dweights is None and dprobs is None):
-        return addend, None
+        return None, None
     dlogits = router.topk_softmax_gradient(dweights, dprobs, ids, probs, backend)
-    return router.logits_gradients(dlogits, x, gate, wanted, backend, addend)
+    return router.logits_gradients(dlogits, x, gate, wanted, backend, rows, slot_to_row)
 
 
 _route = define_op(

@@ -1,7 +1,7 @@
 """routed_ffn: the whole routed layer as one op, since small layers wait for the host.
 
-With gradients the router's part of x's is added to the experts' before their one rounding, where autograd would add
-them in a pass of its own.
+With gradients the experts' part of x's goes from its rows into the router's, before their one rounding, where autograd
+would combine the rows and then add in a pass of its own.
 """
 
 from __future__ import annotations
@@ -164,11 +164,12 @@ def _train_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _train_backward(ctx: Any, dout: Tensor | None, dprobs: Tensor | None, _: None, dbalance: Tensor | None, *__: None):
     x, gate, w13, w2, probs, counts, weights, ids, *maps, h = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    dx = dw13 = dw2 = dweights = None
+    dx_rows = dw13 = dw2 = dweights = None
     if dout is not None and any(wanted[:4]):
-        dx, dw13, dw2, dweights = expert_ffn_gradients(dout, h, x, w13, w2, weights, *maps, ctx.tile_rows, ctx.backend)
+        inputs = h, x, w13, w2, weights, *maps
+        dx_rows, dw13, dw2, dweights = expert_ffn_gradients(dout, *inputs, ctx.tile_rows, ctx.backend)
     routing = x, gate, ids, probs, counts, ctx.scale, wanted, ctx.backend
-    dx, dgate = route_gradients((dweights, dprobs, dbalance), *routing, addend=dx)
+    dx, dgate = route_gradients((dweights, dprobs, dbalance), *routing, dx_rows, maps[2])
     grads = dx, dgate, dw13, dw2, dout
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=False)), *(None,) * 4
 

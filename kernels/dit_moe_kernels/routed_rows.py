@@ -69,9 +69,7 @@ def routed_rows(
         TypeError: x is not in autocast's dtype under autocast.
     """
     check_routed_ffn(x, gate, w13, w2, addend, top_k)
-    tensors = (x, gate, w13, w2, addend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise ValueError("routed_rows: got tensors that require gradients, expected torch.no_grad()")
+    _check_no_gradients("routed_rows", x, gate, w13, w2, addend)
     if x.dtype != (dtype := checks.autocast_dtype(x)):
         raise TypeError(f"x: got dtype {x.dtype}, expected autocast's {dtype}")
     w13, w2, addend = w13.to(dtype), w2.to(dtype), None if addend is None else addend.to(dtype)
@@ -79,6 +77,11 @@ def routed_rows(
     chosen = backends.resolve(backend, "routed_rows", x.device, x.dtype, whole_chunks=fits)
     rows, weights, slot_to_row, probs, counts = _routed_rows(x, gate, w13, w2, top_k, chosen)
     return RoutedRows(rows, weights, slot_to_row, addend), probs, counts
+
+
+def _check_no_gradients(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(f"{op}: got tensors that require gradients, expected torch.no_grad()")
 
 
 def _rows_impl(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, backend: str) -> tuple[Tensor, ...]:
@@ -132,8 +135,12 @@ def combine_norm_modulate(
 
     Returns:
         As `residual_norm_modulate`.
+
+    Raises:
+        ValueError: a gradient is wanted.
     """
     rows, weights, slot_to_row, addend = routed
+    _check_no_gradients("combine_norm_modulate", x, gate, rows, weights, addend, shift, scale)
     checks.check_float("rows", rows, 2)
     checks.check_shape("topk_weights", weights, (x.shape[0] * x.shape[1], weights.shape[1]))
     checks.check_shape("rows", rows, (weights.numel(), x.shape[2]))

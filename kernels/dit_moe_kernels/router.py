@@ -94,42 +94,68 @@ def _logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def logits_gradients(
-    grad: Tensor, x: Tensor, gate: Tensor, wanted: Sequence[bool], backend: str, addend: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    wanted: Sequence[bool],
+    backend: str,
+    rows: Tensor | None = None,
+    slot_to_row: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the logits x @ gate^T for x, to which an addend is added before its one rounding, and for gate.
+    """Gradients of the logits x @ gate^T for x and for gate, each where it is wanted; products in grad's dtype.
 
-    Each where it is wanted; products in grad's dtype.
+    rows (N, D) in x's dtype are added to x's gradient before its one rounding, each to its token: slot_to_row (N,)
+    int32 says which rows a token's N / T slots have.
     """
     wants_dx, wants_dgate = wanted[:2]
     if not (wants_dx or wants_dgate):
         return None, None
-    dx, dgate = _router_gradients(grad, x, gate, addend, wants_dx, wants_dgate, backend)
+    dx, dgate = _router_gradients(grad, x, gate, rows, slot_to_row, wants_dx, wants_dgate, backend)
     return dx if wants_dx else None, dgate if wants_dgate else None
 
 
 def _gradients_impl(
-    grad: Tensor, x: Tensor, gate: Tensor, addend: Tensor | None, wants_dx: bool, wants_dgate: bool, backend: str
+    grad: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    rows: Tensor | None,
+    slot_to_row: Tensor | None,
+    wants_dx: bool,
+    wants_dgate: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "cuda":
         from .cuda_impl import routing as kernels
 
         grad, x, gate = grad.contiguous(), x.contiguous(), gate.contiguous()
-        addend = None if addend is None else addend.contiguous()
-        dx, dgate = kernels.router_gradients(grad, x, gate, addend, wants_dx, wants_dgate)
+        rows = None if rows is None else rows.contiguous()
+        dx, dgate = kernels.router_gradients(grad, x, gate, rows, slot_to_row, wants_dx, wants_dgate)
     else:  # Triton has no kernel for it: PyTorch's products
+        addend = _combine(rows, slot_to_row, x.shape[0], backend) if wants_dx else None
         dx, dgate = reference.router_gradients(grad, x, gate, addend, wants_dx, wants_dgate)
     return x.new_empty(0) if dx is None else dx, gate.new_empty(0) if dgate is None else dgate
 
 
+def _combine(rows: Tensor | None, slot_to_row: Tensor | None, num_tokens: int, backend: str) -> Tensor | None:
+    if rows is None or slot_to_row is None or not num_tokens:
+        return None
+    top_k = slot_to_row.shape[0] // num_tokens
+    if backend == "reference":
+        return reference.unpermute(rows, None, slot_to_row, top_k)
+    from .triton_impl import permute as kernels
+
+    return kernels.unpermute(rows.contiguous(), None, slot_to_row, top_k)
+
+
 def _gradients_fake(
-    grad: Tensor, x: Tensor, gate: Tensor, addend: Tensor | None, wants_dx: bool, wants_dgate: bool, backend: str
+    grad: Tensor, x: Tensor, gate: Tensor, rows: Any, slot_to_row: Any, wants_dx: bool, wants_dgate: bool, _: str
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if wants_dx else (0,)), gate.new_empty(gate.shape if wants_dgate else (0,))
 
 
 _router_gradients = define_op(
-    "router_gradients(Tensor grad, Tensor x, Tensor gate, Tensor? addend, bool wants_dx, bool wants_dgate, str backend)"
-    " -> (Tensor, Tensor)",
+    "router_gradients(Tensor grad, Tensor x, Tensor gate, Tensor? rows, Tensor? slot_to_row, bool wants_dx,"
+    " bool wants_dgate, str backend) -> (Tensor, Tensor)",
     _gradients_impl,
     _gradients_fake,
 )

@@ -124,6 +124,7 @@ def launch_everything(dtype: torch.dtype) -> None:
         permute.permute(x, plan.row_to_slot, 2)
         for addend in (None, x):
             permute.unpermute(y, weights, plan.slot_to_row, 2, addend)
+        permute.unpermute(y, None, plan.slot_to_row, 2)
         permute.unpermute_backward(x, y, weights, plan.row_to_slot)
         swiglu.swiglu(h)
         swiglu.swiglu_backward(a, h)

@@ -61,7 +61,7 @@ def op_samples(target) -> dict[str, tuple]:
             rand(t, d), rand(e, d), rand(e, 2 * f, d), rand(e, d, f), k, "cuda" if name == "cuda" else "reference",
         ),
         "router_logits": (rand(t, d, grad=True), rand(e, d, grad=True), name),
-        "router_gradients": (router(t, e), rand(t, d), rand(e, d), rand(t, d), True, True, name),
+        "router_gradients": (router(t, e), rand(t, d), rand(e, d), rand(n, d), slot_to_row, True, True, name),
         "topk_softmax": (router(t, e, grad=True), k, name),
         "topk_softmax_backward": (router(t, k), router(t, e), ids.clamp(min=0), router(t, e).softmax(1), name),
         "permute": (rand(t, d, grad=True), *maps, k, name),

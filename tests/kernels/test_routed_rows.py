@@ -155,3 +155,5 @@ def test_wrong_arguments():
             combine_norm_modulate(torch.zeros(2, 4, 16), vector, rows, vector, vector)
         with pytest.raises(ValueError, match=r"rows: got shape"):
             combine_norm_modulate(stream, vector, rows._replace(rows=rows.rows[:-1]), vector, vector)
+    with pytest.raises(ValueError, match="combine_norm_modulate: got tensors that require gradients"):
+        combine_norm_modulate(stream.requires_grad_(), vector, rows, vector, vector)

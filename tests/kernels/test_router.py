@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dit_moe_kernels import router_logits, topk_softmax
+from dit_moe_kernels.router import logits_gradients
 
 from tests.kernels.util import (
     BF16,
@@ -118,6 +119,43 @@ def test_router_logits_of_a_model(target, shape):
 def test_fp32_gate_of_a_16_bit_model(target):
     """The gate's digits beyond the tokens' dtype count: nothing is rounded on the way."""
     check_router_logits(target, 4096, 8, 1152, gate_dtype=FP32)
+
+
+@pytest.mark.parametrize("shape", [(37, 4, 72, 2), (5, 9, 33, 1), (130, 3, 40, 3), (1, 16, 264, 8)], ids=str)
+@pytest.mark.parametrize("target", LOGIT_TARGETS)
+def test_rows_are_added_to_the_gradient(target, shape):
+    check_rows_in_gradient(target, *shape)
+
+
+@pytest.mark.parametrize("target", gpu_targets("cuda", dtypes=[BF16, FP16, FP32]))
+@pytest.mark.parametrize("shape", [(4096, 8, 1152, 2), (3001, 60, 384, 4), (20000, 16, 2304, 2)], ids=str)
+def test_rows_of_a_model_are_added_to_the_gradient(target, shape):
+    check_rows_in_gradient(target, *shape)
+
+
+def check_rows_in_gradient(target, tokens: int, experts: int, width: int, top_k: int) -> None:
+    """Rows in any order; those of some slots are missing, and hold no number."""
+    if target.backend == "cuda" and width % 8:
+        pytest.skip("the CUDA router reads rows of whole 16 bytes")
+    slots = tokens * top_k
+    x, gate = randn(tokens, width, target=target), randn(experts, width, target=target)
+    grad = torch.randn(tokens, experts, device=target.device, dtype=FP64 if target.dtype == FP64 else FP32)
+    rows, slot_to_row = randn(slots, width, target=target), torch.randperm(slots, device=target.device)
+    missing = torch.rand(slots, device=target.device) < 0.1
+
+    def expected(dtype):
+        parts = rows.to(dtype)[slot_to_row].masked_fill(missing[:, None], 0).view(tokens, top_k, width)
+        return grad.to(dtype) @ gate.to(dtype) + parts.sum(1), grad.to(dtype).T @ x.to(dtype)
+
+    exact = expected(FP64)
+    plain = [t.to(target.dtype) for t in expected(grad.dtype)]
+    rows[slot_to_row[missing]] = float("nan")
+    maps = torch.where(missing, -1, slot_to_row).int()
+    got = logits_gradients(grad, x, gate, (True, True), target.backend, rows, maps)
+    for name, *values in zip(("dx", "dgate"), got, exact, plain, strict=True):
+        assert_2x(name, *values)
+    only_x = logits_gradients(grad, x, gate, (True, False), target.backend, rows, maps)
+    assert only_x[1] is None and torch.equal(only_x[0], got[0])
 
 
 def check_router_logits(target, tokens: int, experts: int, width: int, gate_dtype: torch.dtype | None = None) -> None:

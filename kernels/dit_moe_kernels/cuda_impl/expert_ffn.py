@@ -43,7 +43,7 @@ def expert_ffn_backward(
     row_to_slot: Tensor,
     slot_to_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x, w13, w2 and topk_weights."""
+    """Gradients for the rows of x, for w13, w2 and topk_weights."""
     top_k = topk_weights.shape[1]
     grad_rows = permute(grad, row_to_slot, slot_to_row, top_k)
     dh, weighted_a, dots = grouped_dswiglu(grad_rows, w2, h, topk_weights, row_to_slot, offsets)
@@ -51,5 +51,4 @@ def expert_ffn_backward(
     dw2 = grouped_gemm_dw(grad_rows, weighted_a, offsets)
     del grad_rows, weighted_a
     dw13 = grouped_gemm_dw(dh, permute(x, row_to_slot, slot_to_row, top_k), offsets)
-    dx = unpermute(grouped_gemm_dx(dh, w13, offsets), None, slot_to_row, top_k)
-    return dx, dw13, dw2, dtopk_weights
+    return grouped_gemm_dx(dh, w13, offsets), dw13, dw2, dtopk_weights

@@ -37,18 +37,25 @@ def router_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
 
 
 def router_gradients(
-    dlogits_TE: Tensor, x_TD: Tensor, gate_ED: Tensor, addend_TD: Tensor | None, wants_dx: bool, wants_dgate: bool
+    dlogits_TE: Tensor,
+    x_TD: Tensor,
+    gate_ED: Tensor,
+    rows_ND: Tensor | None,
+    slot_to_row: Tensor | None,
+    wants_dx: bool,
+    wants_dgate: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of router_logits for x_TD, with an addend, and gate_ED, each where it is wanted."""
+    """Gradients of router_logits for x_TD, to which each token's rows are added, and gate_ED, where they are wanted."""
     dtype = gate_ED.dtype
     x_TD, gate_ED = operands(x_TD, gate_ED)
+    top_k = 0 if slot_to_row is None else slot_to_row.shape[0] // max(x_TD.shape[0], 1)
     dx_TD = torch.empty_like(x_TD) if wants_dx else None
     dgate_ED = torch.empty_like(gate_ED) if wants_dgate else None
     parts = dlogits_TE.new_empty(extension().ROUTER_PARTS, *gate_ED.shape) if wants_dgate else None
     launch(
         "router_gradients",
-        (dlogits_TE, x_TD, gate_ED, None if addend_TD is None else aligned(addend_TD), dx_TD, dgate_ED, parts),
-        (*x_TD.shape, gate_ED.shape[0]),
+        (dlogits_TE, x_TD, gate_ED, None if rows_ND is None else aligned(rows_ND), slot_to_row, dx_TD, dgate_ED, parts),
+        (*x_TD.shape, gate_ED.shape[0], top_k),
         x_TD,
         (x_TD.dtype, gate_ED.dtype),
     )

@@ -68,7 +68,7 @@ def expert_ffn_backward(
     tile_row: Tensor,
     tile_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x, w13, w2 and topk_weights."""
+    """Gradients for the rows of x, for w13, w2 and topk_weights."""
     top_k, num_rows, width = topk_weights.shape[1], row_to_slot.shape[0], w2.shape[2]
     plan: dict[str, Any] = {
         "offsets": offsets,
@@ -102,5 +102,4 @@ def expert_ffn_backward(
     dw2 = grouped_gemm_dw.grouped_gemm_dw(grad_rows, weighted_a, offsets)
     del grad_rows, weighted_a
     dw13 = grouped_gemm_dw.grouped_gemm_dw(dh, permute.permute(x, row_to_slot, top_k), offsets)
-    dx_rows = grouped_gemm.grouped_gemm_dx(dh, w13, **plan)
-    return permute.unpermute(dx_rows, None, slot_to_row, top_k), dw13, dw2, dtopk_weights
+    return grouped_gemm.grouped_gemm_dx(dh, w13, **plan), dw13, dw2, dtopk_weights
