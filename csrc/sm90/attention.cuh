@@ -160,7 +160,7 @@ class AttentionBlock {
       barrier_wait(normalised(key_slot), keys.phase);
       score(queries.stage, group, key_slot, scores);
       if (last) release(key_slot);
-      soften<Element, kBounded, kSlotRows>(scores, done == 0, sums, shares);
+      soften<Element, kBounded>(scores, done == 0, sums, shares);
       barrier_wait(landed(value_slot), keys.phase);
       add_values(value_slot, done == 0, shares, sums);
       if (last) release(value_slot);

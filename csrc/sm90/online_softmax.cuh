@@ -58,18 +58,18 @@ __device__ __forceinline__ bool scores_are_bounded(const float* weights) {
   return __all_sync(0xffffffffu, bound <= kBound);  // not if it is no number
 }
 
-// Of kKeys more scores of each row: shares = 2^(scores - the maximum so far), in pairs as the instruction takes them.
+// Of more scores of each row: shares = 2^(scores - the maximum so far), in pairs as the instruction takes them.
 // kBounded: the maximum is not needed. Otherwise what was summed before under a lower one shrinks.
-template <typename Element, bool kBounded, int kKeys, int kWidth>
-__device__ __forceinline__ void soften(const float (&scores)[kKeys / 2], bool first, Sums<kWidth>& sums,
-                                       uint32_t (&shares)[kKeys / 4]) {
+template <typename Element, bool kBounded, int kScores, int kWidth>
+__device__ __forceinline__ void soften(const float (&scores)[kScores], bool first, Sums<kWidth>& sums,
+                                       uint32_t (&shares)[kScores / 2]) {
 #pragma unroll
   for (int upper = 0; upper < 2; ++upper) {  // the lane's two rows
     float highest = 0.0f;
     if constexpr (!kBounded) {
       highest = sums.maximum[upper];
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
+      for (int i = 0; i < kScores / 4; ++i) {
         highest = fmaxf(highest, fmaxf(scores[4 * i + 2 * upper], scores[4 * i + 2 * upper + 1]));
       }
       highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
@@ -79,7 +79,7 @@ __device__ __forceinline__ void soften(const float (&scores)[kKeys / 2], bool fi
     }
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kKeys / 8; ++i) {
+    for (int i = 0; i < kScores / 4; ++i) {
       const float left = power_of_two(scores[4 * i + 2 * upper] - highest);
       const float right = power_of_two(scores[4 * i + 2 * upper + 1] - highest);
       total += left + right;
