@@ -354,7 +354,6 @@ class AttentionBlock {
   const AttentionArguments& arguments_;
   float* weights_;
   uint32_t shared_;
-  static constexpr uint16_t kBoth = 3;
 };
 
 template <class C>

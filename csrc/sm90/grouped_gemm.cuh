@@ -183,8 +183,6 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
                                       arguments_.width - column, pairs);
   }
 
-  static constexpr uint16_t kBoth = 3;
-
   const CUtensorMap& map_x_;
   const CUtensorMap& map_w_;
   const Arguments& arguments_;

@@ -22,6 +22,7 @@ constexpr int kConsumerRegisters = 240;
 constexpr int kConsumerWarps = 8;
 constexpr int kQueue = 4;        // tiles
 constexpr int kQueueBytes = 32;  // of a tile
+constexpr uint16_t kBoth = 3;    // blocks of a cluster, as copies to more than one name them
 
 // Shared memory of a block: stages of two operands, a staging buffer for each consumer warp's results, the queue of
 // tiles, barriers, a zero.

@@ -303,8 +303,6 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     }
   }
 
-  static constexpr uint16_t kBoth = 3;
-
   const CUtensorMap& map_a_;
   const CUtensorMap& map_b_;
   const Arguments& arguments_;
