@@ -197,6 +197,14 @@ def linear_swiglu(x_TD: Tensor, w13_2FD: Tensor) -> tuple[Tensor, Tensor]:
     return swiglu(h_T2F), h_T2F
 
 
+def expert_rows(
+    x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, expert_offsets: Tensor, row_to_slot_N: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """permute, w13, SwiGLU, w2: y_ND, sorted by expert; also returns the pre-activations h_N2F."""
+    h_N2F = grouped_gemm(permute(x_TD, row_to_slot_N, top_k), w13_E2FD, expert_offsets)
+    return grouped_gemm(swiglu(h_N2F), w2_EDF, expert_offsets), h_N2F
+
+
 def expert_ffn(
     x_TD: Tensor,
     w13_E2FD: Tensor,
@@ -207,10 +215,9 @@ def expert_ffn(
     slot_to_row_N: Tensor,
     addend_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """permute, w13, SwiGLU, w2, weighted unpermute; also returns the pre-activations h_N2F."""
+    """`expert_rows`, weighted unpermute; also returns the pre-activations h_N2F."""
     top_k = topk_weights_TK.shape[1]
-    h_N2F = grouped_gemm(permute(x_TD, row_to_slot_N, top_k), w13_E2FD, expert_offsets)
-    y_ND = grouped_gemm(swiglu(h_N2F), w2_EDF, expert_offsets)
+    y_ND, h_N2F = expert_rows(x_TD, w13_E2FD, w2_EDF, expert_offsets, row_to_slot_N, top_k)
     return unpermute(y_ND, topk_weights_TK, slot_to_row_N, top_k, addend_TD), h_N2F
 
 

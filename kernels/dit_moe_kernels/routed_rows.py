@@ -94,8 +94,7 @@ def _rows_impl(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, bac
     weights, _ids, probs, _balance, counts, offsets, row_to_slot, slot_to_row, *_ = run_route(
         x, gate, top_k, tile_rows, 0.0, backend
     )
-    h = reference.grouped_gemm(reference.permute(x, row_to_slot, top_k), w13, offsets)
-    rows = reference.grouped_gemm(reference.swiglu(h), w2, offsets)
+    rows, _h = reference.expert_rows(x, w13, w2, offsets, row_to_slot, top_k)
     return rows, weights, slot_to_row, probs, counts
 
 
