@@ -140,8 +140,10 @@ def _backward(ctx: Any, grad: Tensor | None, _dh: None) -> tuple[Tensor | None, 
     if any(ctx.needs_input_grad[:4]):  # else only the addend has a gradient, and h was not kept
         *inputs, h = ctx.saved_tensors
         dx_rows, *rest = expert_ffn_gradients(grad, h, *inputs, ctx.tile_rows, ctx.backend)
-        _x, _w13, _w2, weights, _offsets, row_to_slot, slot_to_row, *_ = inputs
-        dx = unpermute_rows(dx_rows, row_to_slot, slot_to_row, weights.shape[1], ctx.backend)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            _x, _w13, _w2, weights, _offsets, row_to_slot, slot_to_row, *_ = inputs
+            dx = unpermute_rows(dx_rows, row_to_slot, slot_to_row, weights.shape[1], ctx.backend)
         grads = dx, *rest
     return (*grads, grad if ctx.needs_input_grad[4] else None, *(None,) * 8)
 

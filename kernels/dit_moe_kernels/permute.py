@@ -83,6 +83,11 @@ def combine(y: Tensor, topk_weights: Tensor, slot_to_row: Tensor, addend: Tensor
     return _unpermute_weighted(y, topk_weights, addend, slot_to_row, slot_to_row, name)  # rows' slots: for gradients
 
 
+def unpermute_rows(y: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
+    """`unpermute` by a plan's maps, on a backend that is known to run."""
+    return _unpermute(y, None, row_to_slot, slot_to_row, top_k, backend)
+
+
 # ---- permute
 
 
@@ -151,12 +156,6 @@ _unpermute = define_op(
     setup_context=_unpermute_setup,
     backward=_unpermute_backward,
 )
-
-
-def unpermute_rows(y: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str) -> Tensor:
-    """`unpermute` by a plan's maps, on a backend that is known to run."""
-    return _unpermute(y, None, row_to_slot, slot_to_row, top_k, backend)
-
 
 # ---- unpermute with weights
 
