@@ -112,10 +112,12 @@ class AttentionBlock {
       if (cursor.part == 2) continue;
       const int slot = cursor.slot();
       barrier_wait(landed(slot), cursor.phase());
-      normalise(slot, cursor.part);
-      shared_fence();
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(normalised(slot));
+      if (cursor.part == 1 && arguments_.blocks > 1) {
+        normalise_for_both(slot);
+      } else {
+        normalise(slot, cursor.part);
+        if (threadIdx.x % 32 == 0) barrier_arrive(normalised(slot));
+      }
     }
   }
 
@@ -158,10 +160,10 @@ class AttentionBlock {
       float scores[kSlotRows / 2];
       uint32_t shares[kSlotRows / 4];
       barrier_wait(normalised(key_slot), keys.phase);
+      barrier_wait(landed(value_slot), keys.phase);
       score(queries.stage, group, key_slot, scores);
       if (last) release(key_slot);
       soften<Element, kBounded>(scores, done == 0, sums, shares);
-      barrier_wait(landed(value_slot), keys.phase);
       add_values(value_slot, done == 0, shares, sums);
       if (last) release(value_slot);
       keys.advance();
@@ -246,14 +248,15 @@ class AttentionBlock {
     const int matrix = cursor.part * arguments_.heads + head;
     const int boxes = arguments_.blocks, box_rows = kSlotRows / boxes;
     const bool share = cursor.part > 0 && boxes > 1;
+    const bool keys = cursor.part == 1;  // go to both blocks when they are normalised
     barrier_wait(empty(slot), cursor.phase() ^ 1);
     __syncwarp();
     if (!elect_one()) return;
-    barrier_arrive_expect(landed(slot), cursor.part == 2 ? C::kValueBytes : C::kKeyBytes);
+    barrier_arrive_expect(landed(slot), cursor.part == 2 ? C::kValueBytes : keys ? C::kKeyBytes / boxes : C::kKeyBytes);
     for (int box = share ? rank() : 0; box < boxes; box += share ? boxes : 1) {
       const auto copy_rows = [&](const CUtensorMap& map, uint32_t destination, int row_bytes, int column) {
         destination += box * box_rows * row_bytes;
-        if (share) {
+        if (share && !keys) {
           copy_box_multicast(&map, destination, landed(slot), kBoth, column, row + box * box_rows, matrix);
         } else {
           copy_box(&map, destination, landed(slot), column, row + box * box_rows, matrix);
@@ -274,8 +277,29 @@ class AttentionBlock {
   // A thread a row.
   __device__ __forceinline__ void normalise(int slot, int part) const {
     const int row = threadIdx.x % kGroupThreads;
-    normalise_row<Element, C::kChunks>([&](int i) { return chunk(slot, row, i); }, weights_ + part * 2 * C::kWidth,
-                                       arguments_.eps);
+    normalise_row<Element, C::kChunks, 1>([&](int i) { return chunk(slot, row, i); },
+                                          weights_ + part * 2 * C::kWidth, arguments_.eps);
+    shared_fence();
+    __syncwarp();
+  }
+
+  // This block's half of the keys, two threads a row, for the other block too: what a warp has normalised, the copy
+  // engine takes there, and arrives for it.
+  __device__ __forceinline__ void normalise_for_both(int slot) const {
+    constexpr int rows = kSlotRows / 2 / (kGroupThreads / 32);  // of a warp
+    const int row = rank() * (kSlotRows / 2) + threadIdx.x % kGroupThreads / 2;
+    normalise_row<Element, C::kChunks, 2>([&](int i) { return chunk(slot, row, i); }, weights_ + 2 * C::kWidth,
+                                          arguments_.eps);
+    shared_fence();
+    __syncwarp();
+    const int first = __shfl_sync(0xffffffffu, row, 0);
+    if (!elect_one()) return;
+    barrier_arrive_expect(normalised(slot), rows * (kSwizzleBytes + (C::kRest > 0 ? C::kRestBytes : 0)));
+    const uint32_t way = remote_address(shared_, rank() ^ 1) - shared_;
+    copy_to_block(tile(slot) + first * kSwizzleBytes, way, rows * kSwizzleBytes, normalised(slot));
+    if constexpr (C::kRest > 0) {
+      copy_to_block(rest_tile(slot) + first * C::kRestBytes, way, rows * C::kRestBytes, normalised(slot));
+    }
   }
 
   // Products of this group's 64 queries with the keys.

@@ -143,6 +143,14 @@ __device__ __forceinline__ void copy_box_multicast(const CUtensorMap* map, uint3
       : "memory");
 }
 
+// From shared memory to the place `way` of another block's, whose barrier at that distance it completes on.
+__device__ __forceinline__ void copy_to_block(uint32_t source, uint32_t way, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   source + way),
+               "r"(source), "r"(bytes), "r"(barrier + way)
+               : "memory");
+}
+
 __device__ __forceinline__ void prefetch_line(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
@@ -169,6 +177,13 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+}
+
+// What lies at this place in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
 }
 
 __device__ __forceinline__ void cluster_sync() {
