@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from dit_moe.flops import count_parameters, flops, macs
 from .cases import TINY_CASE
 from .engine import Unavailable
 from .providers.loop import routed_loop
+from .timing import Clock
 
 PROVIDERS = (
     "ours-cuda",
@@ -48,7 +49,13 @@ def moe_config(case: str) -> DiTConfig:
     name, pixels = split_case(case)
     if name == TINY_CASE:
         return DiTConfig(
-            input_size=8, hidden_size=32, depth=2, num_heads=2, mlp_ratio=2.0, num_experts=4, num_classes=10
+            input_size=pixels // 32,
+            hidden_size=32,
+            depth=2,
+            num_heads=2,
+            mlp_ratio=2.0,
+            num_experts=4,
+            num_classes=10,
         )
     return model_config(f"DiT-MoE-{name}", input_size=pixels // _PIXELS_PER_LATENT)
 
@@ -159,6 +166,25 @@ def fresh_model(config: DiTConfig, device: str, dtype: torch.dtype) -> DiT:
             if parameter.ndim > 1 and not parameter.any():
                 parameter.normal_(std=0.02)
     return model
+
+
+def random_forward(model: DiT, batch: int, clock: Clock, generator: torch.Generator) -> Callable[[], Any]:
+    """One forward of random images without gradients, as a CUDA graph on a GPU."""
+    config, dtype, device = model.config, next(model.parameters()).dtype, generator.device
+    shape = (batch, config.in_channels, config.input_size, config.input_size)
+    x = torch.randn(shape, device=device, generator=generator).to(dtype)
+    t = torch.rand(batch, device=device, generator=generator)
+    y = torch.arange(batch, device=device) % config.num_classes
+    inputs = (x, t, y)
+    call = torch.no_grad()(partial(model, *inputs))
+    if device.type == "cpu":
+        return call
+    replay = clock.capture([call])
+
+    def forward(held: tuple[Tensor, ...] = inputs) -> None:  # the graph reads them where they lie
+        replay()
+
+    return forward
 
 
 def with_loop(model: DiT) -> nn.Module:

@@ -10,22 +10,21 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_moe import DiT, sample_rectified_flow
+from dit_moe import sample_rectified_flow
 from dit_moe.engine import SamplingEngine
 
 from . import env
 from .cases import TINY_CASE
-from .models import fresh_model, moe_config
+from .models import fresh_model, moe_config, random_forward
 from .suites.base import DTYPES
-from .timing import Clock, make_clock
+from .timing import make_clock
 from .trainers import timed
 
 
@@ -79,7 +78,7 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
     results: list[Tensor] = []
     first_seconds, _ = (timed(lambda: results.append(trajectory()), torch.device(device)) for _ in range(2))
     clock = make_clock(device)
-    forward = _forward(model, 2 * options.images, clock, generator)
+    forward = random_forward(model, 2 * options.images, clock, generator)
     clock.warm_up(2000 if device == "cuda" else 0)
     trajectories, forwards = [], []
     for _ in range(options.rounds):
@@ -102,25 +101,6 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
         "finite": bool(results[0].isfinite().all()),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() if device == "cuda" else None,
     }
-
-
-def _forward(model: DiT, batch: int, clock: Clock, generator: torch.Generator) -> Callable[[], Any]:
-    """One forward, as a CUDA graph on a GPU."""
-    config, dtype, device = model.config, next(model.parameters()).dtype, generator.device
-    shape = (batch, config.in_channels, config.input_size, config.input_size)
-    x = torch.randn(shape, device=device, generator=generator).to(dtype)
-    t = torch.rand(batch, device=device, generator=generator)
-    y = torch.arange(batch, device=device) % config.num_classes
-    inputs = (x, t, y)
-    call = partial(model, *inputs)
-    if device.type == "cpu":
-        return call
-    replay = clock.capture([call])
-
-    def forward(held: tuple[Tensor, ...] = inputs) -> None:  # the graph reads them where they lie
-        replay()
-
-    return forward
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""Time one forward at 256 and at 512 pixels per operation: `python -m benchmarks.resolutions --help`.
+
+Both sizes have the same weights and batch, run as CUDA graphs on a GPU, and take turns, since the clock of a GPU at its
+power limit drifts by more than they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_moe import DiT
+from dit_moe.flops import flops
+
+from . import env
+from .cases import TINY_CASE
+from .models import fresh_model, moe_config, random_forward
+from .suites.base import DTYPES
+from .timing import Timed, TimingOptions, make_clock, summarize, time_round_robin
+
+PIXELS = (256, 512)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; prints and writes one JSON object."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    result: dict[str, Any] = {"environment": env.describe(given, options.device, "resolutions"), "runs": []}
+    for case in options.case:
+        result["runs"] += measure(case, options)
+        if options.out:  # after each case: the next may end the process
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", default=["XL/2-8E2A" if on_gpu else TINY_CASE], help="of 256 pixels")
+    parser.add_argument("--batch", nargs="+", type=int, default=[16, 64] if on_gpu else [2])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if on_gpu else "fp32")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file of the results")
+    return parser
+
+
+@torch.no_grad()
+def measure(case: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """For each batch size the milliseconds and TFLOP/s of both sizes, and the large one's rate by the small one's."""
+    models = _models(case, options.device, DTYPES[options.dtype])
+    clock = make_clock(options.device)
+    clock.warm_up(2000 if options.device == "cuda" else 0)
+    runs = []
+    for batch in options.batch:
+        clock.start_task()
+        generator = torch.Generator(options.device).manual_seed(0)
+        forwards = [random_forward(model, batch, clock, generator) for model in models]
+        entries = [Timed([forward], 1) for forward in forwards]
+        time_round_robin(clock, entries, TimingOptions(rounds=options.rounds))
+        run: dict[str, Any] = {"case": case, "batch": batch, "dtype": options.dtype}
+        rates = []
+        for pixels, model, entry in zip(PIXELS, models, entries, strict=True):
+            if entry.failure is not None:
+                raise entry.failure
+            sample = summarize(entry.times_ms)
+            rates.append(batch * flops(model.config) / sample.median_ms / 1e9)
+            run[f"{pixels}_pixels"] = {
+                "median_ms": sample.median_ms,
+                "p20_ms": sample.p20_ms,
+                "p80_ms": sample.p80_ms,
+                "tflops": rates[-1],
+            }
+        runs.append({**run, "rate_512_by_256": rates[1] / rates[0]})
+    return runs
+
+
+def _models(case: str, device: str, dtype: torch.dtype) -> list[DiT]:
+    """Of all sizes, in eval mode, with the parameters of the first, but for the positions."""
+    first = fresh_model(moe_config(case), device, dtype).eval()
+    models = [first]
+    for pixels in PIXELS[1:]:
+        config = moe_config(f"{case}@{pixels}")
+        model = fresh_model(config, device, dtype).eval()
+        own = model.state_dict()
+        shared = {name: tensor for name, tensor in first.state_dict().items() if own[name].shape == tensor.shape}
+        model.load_state_dict(shared, strict=False, assign=True)
+        models.append(model)
+    return models
+
+
+if __name__ == "__main__":
+    sys.exit(main())
