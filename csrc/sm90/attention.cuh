@@ -277,8 +277,8 @@ class AttentionBlock {
   // A thread a row.
   __device__ __forceinline__ void normalise(int slot, int part) const {
     const int row = threadIdx.x % kGroupThreads;
-    normalise_row<Element, C::kChunks, 1>([&](int i) { return chunk(slot, row, i); },
-                                          weights_ + part * 2 * C::kWidth, arguments_.eps);
+    normalise_row<Element, C::kChunks, 1>([&](int i) { return chunk(slot, row, i); }, weights_ + part * 2 * C::kWidth,
+                                          arguments_.eps);
     shared_fence();
     __syncwarp();
   }

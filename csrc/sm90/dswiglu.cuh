@@ -49,15 +49,18 @@ class DSwiGLUTile {
   };
 
   // row, rows: first row of the tile and how many of it are there, maybe none; column: its first; width: of the matrix.
-  __device__ __forceinline__ DSwiGLUTile(const DSwiGLUTensors& tensors, void* dh, int64_t row, int rows, int column,
+  __device__ __forceinline__ DSwiGLUTile(const DSwiGLUTensors& tensors, void* dh, int row, int rows, int column,
                                          int width)
-      : rows_(rows), width_(width), columns_(width - column - lane() % 8 * 8) {
-    const int64_t place = column + lane() % 8 * 8;
-    gate_ = static_cast<const Element*>(tensors.h) + row * 2 * width + place;
-    dgate_ = static_cast<Element*>(dh) + row * 2 * width + place;
-    weighted_a_ = static_cast<Element*>(tensors.weighted_a) + row * width + place;
+      : row_(row), rows_(rows), column_(column), width_(width) {
+    const int64_t first = int64_t{row} * width, place = column + lane() % 8 * 8;
+    gate_ = static_cast<const Element*>(tensors.h) + 2 * first + place;
+    dgate_ = static_cast<Element*>(dh) + 2 * first + place;
+    weighted_a_ = static_cast<Element*>(tensors.weighted_a) + first + place;
   }
 
+  __device__ __forceinline__ int row() const { return row_; }
+  __device__ __forceinline__ int rows() const { return rows_; }
+  __device__ __forceinline__ int column() const { return column_; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   // The row of `part` (0 to 3) in a step, counted from the tile's first: a consumer warp hands over 16 rows, and this
   // warp takes those of the first consumer's warp and then those of the second's.
@@ -68,16 +71,35 @@ class DSwiGLUTile {
   // The consumer warp that hands over the rows of a step.
   static __device__ __forceinline__ int warp_of(int step) { return step / 4 * 4 + threadIdx.x / 32 % 4; }
 
+  // What this lane needs of h for a step.
   __device__ __forceinline__ void load(int step, Chunk (&h)[kSegments]) const {
 #pragma unroll
     for (int segment = 0; segment < kSegments; ++segment) h[segment] = load(step, segment);
+  }
+
+  // All loads of a loop count on one scoreboard, on which a warp waits until it is empty: so what a step needs moves to
+  // other registers, which is where the warp waits, and only then do the loads for the next step start.
+  static __device__ __forceinline__ void move(const Chunk (&from)[kSegments], Chunk (&to)[kSegments]) {
+#pragma unroll
+    for (int segment = 0; segment < kSegments; ++segment) {
+      to[segment].gate = copy_of(from[segment].gate);
+      to[segment].up = copy_of(from[segment].up);
+    }
+  }
+  static __device__ __forceinline__ uint4 copy_of(const uint4& word) {
+    uint4 copy;
+    asm volatile("mov.b32 %0, %4;\nmov.b32 %1, %5;\nmov.b32 %2, %6;\nmov.b32 %3, %7;"
+                 : "=r"(copy.x), "=r"(copy.y), "=r"(copy.z), "=r"(copy.w)
+                 : "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+    return copy;
   }
 
   // This lane's part of h, zeros where there is none. Past the last step there is none.
   __device__ __forceinline__ Chunk load(int step, int segment) const {
     Chunk chunk{};
     const int row = row_of(step, lane() / 8);
-    if (row < rows_ && segment * kStagingColumns < columns_) {
+    if (row < rows_ && has(segment)) {
       const Element* gate = gate_ + row * 2 * width_ + segment * kStagingColumns;
       chunk.gate = load_once(gate);
       chunk.up = load_once(gate + width_);
@@ -85,9 +107,9 @@ class DSwiGLUTile {
     return chunk;
   }
 
-  // Stores the results of a step, and replaces its part of h by that of the step after the next. `buffer` holds the
-  // consumer warp's 16 rows of g as stage_columns left them. Returns this lane's part of <g, a>.
-  __device__ __forceinline__ float finish(int step, uint32_t buffer, float weight, Chunk (&h)[kSegments]) const {
+  // Stores the results of a step, whose part of h has been loaded. `buffer` holds the consumer warp's 16 rows of g as
+  // stage_columns left them. Returns this lane's part of <g, a>.
+  __device__ __forceinline__ float finish(int step, uint32_t buffer, float weight, const Chunk (&h)[kSegments]) const {
     const int row = row_of(step, lane() / 8);
     const int staged_row = step % 4 * 4 + lane() / 8;
     const uint32_t place = buffer + staged_row * 128 + (lane() % 8 ^ staged_row % 8) * 16;
@@ -100,14 +122,13 @@ class DSwiGLUTile {
 #pragma unroll
     for (int segment = 0; segment < kSegments; ++segment) {
       const Chunk chunk = h[segment];
-      h[segment] = load(step + 2, segment);
       const uint4 g = g_segments[segment];
       uint4 dgate, dup, weighted_a;
       dswiglu_pair<Element>(g.x, chunk.gate.x, chunk.up.x, weight, dgate.x, dup.x, weighted_a.x, dot);
       dswiglu_pair<Element>(g.y, chunk.gate.y, chunk.up.y, weight, dgate.y, dup.y, weighted_a.y, dot);
       dswiglu_pair<Element>(g.z, chunk.gate.z, chunk.up.z, weight, dgate.z, dup.z, weighted_a.z, dot);
       dswiglu_pair<Element>(g.w, chunk.gate.w, chunk.up.w, weight, dgate.w, dup.w, weighted_a.w, dot);
-      if (row < rows_ && segment * kStagingColumns < columns_) {
+      if (row < rows_ && has(segment)) {
         Element* out = dgate_ + row * 2 * width_ + segment * kStagingColumns;
         __stcs(reinterpret_cast<uint4*>(out), dgate);
         __stcs(reinterpret_cast<uint4*>(out + width_), dup);
@@ -118,9 +139,13 @@ class DSwiGLUTile {
   }
 
  private:
-  int rows_;
+  // Whether a segment has columns for this lane.
+  __device__ __forceinline__ bool has(int segment) const {
+    return segment * kStagingColumns + lane() % 8 * 8 < width_ - column_;
+  }
+
+  int row_, rows_, column_;
   int64_t width_;
-  int columns_;  // of the matrix from this lane's first on
   const Element* gate_;
   Element* dgate_;
   Element* weighted_a_;

@@ -115,53 +115,77 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     }
   }
 
-  // Each warp for itself: takes the rows that two consumer warps hand over, one after the other.
+  // Each warp for itself: takes the rows that two consumer warps hand over, one after the other. Whatever does not come
+  // from the product is asked for ahead, over the end of a tile too: h a step before, a tile's slots and their weights
+  // a tile and half a tile.
   __device__ __forceinline__ void finish() const {
-    using FinishedTile = DSwiGLUTile<Element, C::kSegments>;
-    const int lane = threadIdx.x % 32;
+    const int row_of_lane = Finished::row_of(threadIdx.x % 32 / 4, threadIdx.x % 4);  // all lanes: the warp's 32 rows
+    const auto slot_of = [&](const Finished& tile) {
+      return row_of_lane < tile.rows() ? __ldg(arguments_.dswiglu.row_to_slot + tile.row() + row_of_lane) : -1;
+    };
+    const auto weight_of = [&](int slot) { return slot >= 0 ? __ldg(arguments_.dswiglu.topk_weights + slot) : 0.0f; };
     QueueRing queue;
     uint32_t phase = 0;
-    Tile tile;
-    while (this->next_tile(queue, tile)) {
-      const int row = tile.row;
-      const int rows = min(tile.end - row, kTileM);
-      const FinishedTile finished(arguments_.dswiglu, arguments_.out, row, rows, tile.column * C::kColumns,
-                                  arguments_.width);
-      // All that does not come from the product is under way before the wait for it: h of two steps, which take turns.
-      typename FinishedTile::Chunk even[C::kSegments], odd[C::kSegments];
-      finished.load(0, even);
-      finished.load(1, odd);
-      const int row_of_lane = FinishedTile::row_of(lane / 4, lane % 4);  // every lane one of the warp's 32 rows
-      float weight_of_lane = 0.0f, dot_of_lane = 0.0f;
-      if (row_of_lane < rows) {
-        const int slot = __ldg(arguments_.dswiglu.row_to_slot + row + row_of_lane);
-        weight_of_lane = __ldg(arguments_.dswiglu.topk_weights + slot);
-      }
-      const auto take = [&](int step, typename FinishedTile::Chunk(&h)[C::kSegments]) {
-        const float weight = __shfl_sync(0xffffffffu, weight_of_lane, 4 * step + lane / 8);
-        float dot = finished.finish(step, staging(FinishedTile::warp_of(step)), weight, h);
-#pragma unroll
-        for (int lanes = 1; lanes < 8; lanes *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
-        dot = __shfl_sync(0xffffffffu, dot, lane % 4 * 8);
-        if (lane / 4 == step) dot_of_lane = dot;
-      };
+    bool more;
+    Finished tile = next_finished(queue, more);
+    typename Finished::Chunk next[C::kSegments];
+    tile.load(0, next);
+    float weight_of_lane = weight_of(slot_of(tile));
+    while (more) {
+      const Finished following = next_finished(queue, more);
+      const int next_slot = slot_of(following);
+      float next_weight = 0.0f, dot_of_lane = 0.0f;
 #pragma unroll 1
-      for (int step = 0; step < FinishedTile::kSteps; step += 2) {
-        const int warp = FinishedTile::warp_of(step);
-        if (step % 4 == 0) barrier_wait(handed_over(warp), phase);
-        take(step, even);
-        take(step + 1, odd);
-        if (step % 4 == 2) {
-          __syncwarp();
-          if (lane == 0) barrier_arrive(taken(warp));
+      for (int step = 0; step < Finished::kSteps; ++step) {
+        typename Finished::Chunk h[C::kSegments];
+        Finished::move(next, h);
+        if (step + 1 < Finished::kSteps) {
+          tile.load(step + 1, next);
+        } else {
+          following.load(0, next);
         }
+        if (step == Finished::kSteps / 2) next_weight = weight_of(next_slot);
+        finish_step(tile, step, phase, weight_of_lane, h, dot_of_lane);
       }
-      if (row_of_lane < rows) arguments_.dswiglu.dots[tile.column * arguments_.rows + row + row_of_lane] = dot_of_lane;
+      if (row_of_lane < tile.rows()) {
+        float* const dots = arguments_.dswiglu.dots + tile.column() / C::kColumns * arguments_.rows;
+        dots[tile.row() + row_of_lane] = dot_of_lane;
+      }
       phase ^= 1;
+      tile = following;
+      weight_of_lane = next_weight;
     }
   }
 
  private:
+  using Finished = DSwiGLUTile<Element, C::kSegments>;
+
+  // more: whether there is another tile. Otherwise this one has no rows.
+  __device__ __forceinline__ Finished next_finished(QueueRing& queue, bool& more) const {
+    Tile tile;
+    more = this->next_tile(queue, tile);
+    return Finished(arguments_.dswiglu, arguments_.out, tile.row, more ? min(tile.end - tile.row, kTileM) : 0,
+                    tile.column * C::kColumns, arguments_.width);
+  }
+
+  // dot_of_lane: <g, a> of the lane's row, once the step that has it is done.
+  __device__ __forceinline__ void finish_step(const Finished& tile, int step, uint32_t phase, float weight_of_lane,
+                                              const typename Finished::Chunk (&h)[C::kSegments],
+                                              float& dot_of_lane) const {
+    const int lane = threadIdx.x % 32, warp = Finished::warp_of(step);
+    if (step % 4 == 0) barrier_wait(handed_over(warp), phase);
+    const float weight = __shfl_sync(0xffffffffu, weight_of_lane, 4 * step + lane / 8);
+    float dot = tile.finish(step, staging(warp), weight, h);
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
+    dot = __shfl_sync(0xffffffffu, dot, lane % 4 * 8);
+    if (lane / 4 == step) dot_of_lane = dot;
+    if (step % 4 == 3) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(taken(warp));
+    }
+  }
+
   // Whether the second consumer sits a tile out. (Where one of four warpgroups finishes, that was measured 1 % slower.)
   static __device__ __forceinline__ bool half_empty(const Tile& tile) { return !kFinishes && tile.low; }
 

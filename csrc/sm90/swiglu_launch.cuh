@@ -54,11 +54,10 @@ cudaError_t launch(const SwiGLUProblem& problem) {
   int multiprocessors;
   const cudaError_t error = count_multiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;
-  if constexpr (kEpilogue != Epilogue::kDSwiGLU) {
-    if (in_pairs(product.rows, product.num_experts, product.depth)) {
-      return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 2>>(problem, multiprocessors);
-    }
-  }
+  const bool pairs = kEpilogue == Epilogue::kDSwiGLU
+                         ? gradient_in_pairs(product.rows, product.num_experts, product.depth)
+                         : in_pairs(product.rows, product.num_experts, product.depth);
+  if (pairs) return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 2>>(problem, multiprocessors);
   return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 1>>(problem, multiprocessors);
 }
 
