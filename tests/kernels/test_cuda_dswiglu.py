@@ -16,6 +16,9 @@ EDGE_CASES = [
     Case("K3_some", 200, 4, 3, 72, 264, "some", tile_rows=None),
     Case("narrow", 100, 2, 2, 8, 8, tile_rows=None),
     Case("one_column_more", 300, 2, 1, 72, 200, "skewed", tile_rows=None),
+    # From 4096 rows an expert on blocks work in pairs.
+    Case("one_expert_in_pairs", 4200, 1, 1, 512, 200, tile_rows=None),
+    Case("in_pairs", 4200, 2, 2, 512, 264, "skewed", tile_rows=None),
 ]
 NAMES = ("dh", "weighted a", "gradient of the router weight")
 
