@@ -4,8 +4,9 @@
 // A block takes a head of an image, or 128 queries of one. One thread has the copy engine fetch 128 rows of queries,
 // keys or values into a slot of shared memory, as far ahead as slots are free; a warpgroup normalises queries and keys
 // there, a thread a row. Two consumer warpgroups take 64 of 128 queries each: products and a softmax that never leave
-// registers, over 128 keys at a time. Where an image has many queries, two blocks of a cluster take 128 of a head each
-// and fetch half of its keys and values for both: the copies of narrow rows are what bounds that case otherwise.
+// registers, over 128 keys at a time. Where an image has many queries, two blocks of a cluster take 128 of a head each;
+// each fetches half of its keys and values for both, since the copies of narrow rows are what bounds that case
+// otherwise, and normalises its half of the keys.
 //
 // A head is 64, 72 or 88 columns wide. A slot holds queries or keys as a tile of 64 columns and, behind it, a narrow
 // one with the rest and with zeros up to a multiple of 16, which the copy engine puts where a head ends; values as
@@ -26,7 +27,7 @@ struct AttentionArguments {
   int tokens, heads;
   int query_blocks;  // of 128 queries of an image
   int passes;        // query blocks that keys and values stay for: 1, or all of them
-  int blocks;        // of a cluster, 1 or 2: each takes other queries, and copies half of the keys and values for both
+  int blocks;        // of a cluster, 1 or 2: each takes other queries, and half of the keys and values for both
   int items;         // heads of the queries that a cluster takes at a time
   float eps;
   bool weights_fp32;  // otherwise they are Elements
@@ -116,7 +117,6 @@ class AttentionBlock {
         normalise_for_both(slot);
       } else {
         normalise(slot, cursor.part);
-        if (threadIdx.x % 32 == 0) barrier_arrive(normalised(slot));
       }
     }
   }
@@ -247,16 +247,17 @@ class AttentionBlock {
     const int row = cursor.part == 0 ? block * kSlotRows : image_row + cursor.rows;
     const int matrix = cursor.part * arguments_.heads + head;
     const int boxes = arguments_.blocks, box_rows = kSlotRows / boxes;
-    const bool share = cursor.part > 0 && boxes > 1;
-    const bool keys = cursor.part == 1;  // go to both blocks when they are normalised
+    // This block's half of what both need: values for both, keys, which are still to be normalised, for itself.
+    const bool half = cursor.part > 0 && boxes > 1;
+    const bool keys = cursor.part == 1;
     barrier_wait(empty(slot), cursor.phase() ^ 1);
     __syncwarp();
     if (!elect_one()) return;
     barrier_arrive_expect(landed(slot), cursor.part == 2 ? C::kValueBytes : keys ? C::kKeyBytes / boxes : C::kKeyBytes);
-    for (int box = share ? rank() : 0; box < boxes; box += share ? boxes : 1) {
+    for (int box = half ? rank() : 0; box < boxes; box += half ? boxes : 1) {
       const auto copy_rows = [&](const CUtensorMap& map, uint32_t destination, int row_bytes, int column) {
         destination += box * box_rows * row_bytes;
-        if (share && !keys) {
+        if (half && !keys) {
           copy_box_multicast(&map, destination, landed(slot), kBoth, column, row + box * box_rows, matrix);
         } else {
           copy_box(&map, destination, landed(slot), column, row + box * box_rows, matrix);
@@ -281,10 +282,11 @@ class AttentionBlock {
                                           arguments_.eps);
     shared_fence();
     __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(normalised(slot));
   }
 
-  // This block's half of the keys, two threads a row, for the other block too: what a warp has normalised, the copy
-  // engine takes there, and arrives for it.
+  // This block's half of the keys for both blocks, two threads a row. What a warp has normalised the copy engine takes
+  // to the other block, where it counts as arrived.
   __device__ __forceinline__ void normalise_for_both(int slot) const {
     constexpr int rows = kSlotRows / 2 / (kGroupThreads / 32);  // of a warp
     const int row = rank() * (kSlotRows / 2) + threadIdx.x % kGroupThreads / 2;
