@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from dit_moe.parallel import ParallelConfig
 from dit_moe.training import TrainingSettings
 
 from . import env
+from .results import collect
 from .trainers import device_bytes, new_trainer, say, train_measured
 
 
@@ -34,23 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
-    result: dict[str, Any] = {
+    result = {
         "preset": options.preset,
         "ranks": options.ranks,
         "parallel": options.parallel,
-        "runs": [],
         "environment": env.describe(given, options.device, "rank_share"),
     }
     with _process_group(options.parallel, device):
-        for batch in options.batch:
-            result["runs"].append(_run(batch, options, device))
-            if options.out:  # after each batch: the next may end the process
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    print(json.dumps(result, indent=1))
+        collect(result, _runs(options, device), options.out)
     return 0
 
 
@@ -69,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="narrow blocks and small images, for a smoke run")
     parser.add_argument("--out", type=Path, default=None, help="JSON file of the results")
     return parser
+
+
+def _runs(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    for batch in options.batch:
+        yield _run(batch, options, device)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _run(batch: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

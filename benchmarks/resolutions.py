@@ -7,9 +7,8 @@ power limit drifts by more than they differ.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from dit_moe.flops import flops
 from . import env
 from .cases import TINY_CASE
 from .models import fresh_model, moe_config, random_forward
+from .results import collect
 from .suites.base import DTYPES
 from .timing import Timed, TimingOptions, make_clock, summarize, time_round_robin
 
@@ -31,13 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; prints and writes one JSON object."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
-    result: dict[str, Any] = {"environment": env.describe(given, options.device, "resolutions"), "runs": []}
-    for case in options.case:
-        result["runs"] += measure(case, options)
-        if options.out:  # after each case: the next may end the process
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    result = {"environment": env.describe(given, options.device, "resolutions")}
+    collect(result, (run for case in options.case for run in measure(case, options)), options.out)
     return 0
 
 
@@ -53,13 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@torch.no_grad()
-def measure(case: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(case: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """For each batch size the milliseconds and TFLOP/s of both sizes, and the large one's rate by the small one's."""
     models = _models(case, options.device, DTYPES[options.dtype])
     clock = make_clock(options.device)
     clock.warm_up(2000 if options.device == "cuda" else 0)
-    runs = []
     for batch in options.batch:
         clock.start_task()
         generator = torch.Generator(options.device).manual_seed(0)
@@ -79,8 +72,7 @@ def measure(case: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 "p80_ms": sample.p80_ms,
                 "tflops": rates[-1],
             }
-        runs.append({**run, "rate_512_by_256": rates[1] / rates[0]})
-    return runs
+        yield {**run, "rate_512_by_256": rates[1] / rates[0]}
 
 
 def _models(case: str, device: str, dtype: torch.dtype) -> list[DiT]:

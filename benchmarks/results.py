@@ -150,5 +150,22 @@ def save(out: Path, suite: str, rows: Iterable[Row], runs: list[dict[str, Any]])
     notes.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
+def collect(result: dict[str, Any], runs: Iterable[dict[str, Any]], out: Path | None) -> None:
+    """Gather result["runs"], and print the result; it is written after each run, for the next may end the process.
+
+    Args:
+        result: what is said of all runs.
+        runs: each made when it is asked for.
+        out: JSON file, or None for none.
+    """
+    result["runs"] = []
+    for run in runs:
+        result["runs"].append(run)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
 def _files(out: Path, suite: str) -> tuple[Path, Path]:
     return out / f"{suite}.csv", out / f"{suite}.env.json"

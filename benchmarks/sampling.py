@@ -7,7 +7,6 @@ forward, captured in a CUDA graph and taken in turns with it, says what the engi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from dit_moe.engine import SamplingEngine
 from . import env
 from .cases import TINY_CASE
 from .models import fresh_model, moe_config, random_forward
+from .results import collect
 from .suites.base import DTYPES
 from .timing import make_clock
 from .trainers import timed
@@ -32,16 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; prints and writes one JSON object."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
-    result: dict[str, Any] = {
-        "environment": env.describe(given, options.device, "sampling"),
-        "runs": [],
-    }
-    for case in options.case:
-        result["runs"].append(measure(case, options))
-        if options.out:  # after each case: the next may end the process
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    result = {"environment": env.describe(given, options.device, "sampling")}
+    collect(result, (measure(case, options) for case in options.case), options.out)
     return 0
 
 
