@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +67,20 @@ def measure(case: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 raise entry.failure
             sample = summarize(entry.times_ms)
             rates.append(batch * flops(model.config) / sample.median_ms / 1e9)
-            run[f"{pixels}_pixels"] = {
-                "median_ms": sample.median_ms,
-                "p20_ms": sample.p20_ms,
-                "p80_ms": sample.p80_ms,
-                "tflops": rates[-1],
-            }
+            run[f"{pixels}_pixels"] = {**asdict(sample), "tflops": rates[-1]}
         yield {**run, "rate_512_by_256": rates[1] / rates[0]}
 
 
 def _models(case: str, device: str, dtype: torch.dtype) -> list[DiT]:
-    """Of all sizes, in eval mode, with the parameters of the first, but for the positions."""
-    first = fresh_model(moe_config(case), device, dtype).eval()
-    models = [first]
-    for pixels in PIXELS[1:]:
-        config = moe_config(f"{case}@{pixels}")
-        model = fresh_model(config, device, dtype).eval()
-        own = model.state_dict()
-        shared = {name: tensor for name, tensor in first.state_dict().items() if own[name].shape == tensor.shape}
-        model.load_state_dict(shared, strict=False, assign=True)
-        models.append(model)
-    return models
+    """Of both sizes, in eval mode; the large one has the small one's parameters, but for the positions."""
+    small_config, large_config = (moe_config(f"{case}@{pixels}") for pixels in PIXELS)
+    small = fresh_model(small_config, device, dtype).eval()
+    with torch.device("meta"):
+        large = DiT(large_config).eval()
+    positions = torch.empty(large.pos_embed.shape, device=device, dtype=dtype)
+    large.load_state_dict({**small.state_dict(), "pos_embed": positions}, assign=True)
+    large.reset_pos_embed()
+    return [small, large]
 
 
 if __name__ == "__main__":

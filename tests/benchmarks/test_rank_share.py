@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from benchmarks import rank_share
 from dit_moe import flops
+from tests.benchmarks.conftest import CollectingMain
 
 
 @pytest.mark.parametrize(
@@ -22,16 +20,9 @@ def test_tiny_run_counts_bytes_and_times_the_averages(
     options: str,
     on_device: int,
     averages: int,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    collected: CollectingMain,
 ) -> None:
-    monkeypatch.setenv("DIT_MOE_BACKEND", "reference")  # Triton's interpreter is wrong in bf16
-    out = tmp_path / "folder" / "result.json"
-    given = f"--tiny --device cpu --batch 2 4 --steps 3 --ema-every 2 {options} --out {out}".split()
-    assert rank_share.main(given) == 0
-    result = json.loads(out.read_text())
-    assert result == json.loads(capsys.readouterr().out)
+    result = collected(rank_share.main, f"--tiny --device cpu --batch 2 4 --steps 3 --ema-every 2 {options}")
     assert [run["batch"] for run in result["runs"]] == [2, 4]
     config = rank_share.share_of(result["preset"], result["ranks"], tiny=True)
     positions = (config.input_size // config.patch_size) ** 2 * config.hidden_size  # not trained

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,15 +9,11 @@ from benchmarks import resolutions
 from benchmarks.cases import TINY_CASE
 from benchmarks.models import moe_config
 from dit_moe.flops import flops
+from tests.benchmarks.conftest import CollectingMain
 
 
-def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIT_MOE_BACKEND", "reference")  # the interpreter would take minutes
-    out = tmp_path / "folder" / "result.json"
-    given = f"--device cpu --dtype fp32 --case {TINY_CASE} --batch 1 3 --rounds 2 --out {out}".split()
-    assert resolutions.main(given) == 0
-    result = json.loads(out.read_text())
-    assert result == json.loads(capsys.readouterr().out)
+def test_tiny_run(collected: CollectingMain) -> None:
+    result = collected(resolutions.main, f"--device cpu --dtype fp32 --case {TINY_CASE} --batch 1 3 --rounds 2")
     assert [run["batch"] for run in result["runs"]] == [1, 3]
     for run in result["runs"]:
         rates = []
