@@ -253,7 +253,7 @@ class AttentionBlock {
     __syncwarp();
     const int first = __shfl_sync(0xffffffffu, row, 0);
     if (!elect_one()) return;
-    barrier_arrive_expect(normalised(slot), rows * (kSwizzleBytes + (C::kRest > 0 ? C::kRestBytes : 0)));
+    barrier_arrive_expect(normalised(slot), C::kKeyBytes / kSlotRows * rows);
     const uint32_t way = remote_address(shared_, rank() ^ 1) - shared_;
     copy_to_block(tile(slot) + first * kSwizzleBytes, way, rows * kSwizzleBytes, normalised(slot));
     if constexpr (C::kRest > 0) {
