@@ -1,10 +1,31 @@
 // The plain grouped product; see launch.h.
-#include "launch.cuh"
+#include "swiglu_launch.cuh"
+
+namespace dit_moe::sm90 {
+namespace {
+
+cudaError_t launch_narrow(const Problem& problem, DitMoeDtype dtype) {
+  int multiprocessors;
+  const cudaError_t error = count_multiprocessors(&multiprocessors);
+  if (error != cudaSuccess) return error;
+  switch (narrow_columns(problem.rows, problem.width, problem.num_experts, multiprocessors)) {
+    case 64:
+      return launch<Epilogue::kStore, 64>({problem}, dtype);
+    case 96:
+      return launch<Epilogue::kStore, 96>({problem}, dtype);
+    default:
+      return launch<Epilogue::kStore, kWidestNarrow>({problem}, dtype);
+  }
+}
+
+}  // namespace
+}  // namespace dit_moe::sm90
 
 extern "C" cudaError_t dit_moe_grouped_gemm(const void* x, const void* w, const int32_t* expert_offsets, void* out,
                                             int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts,
                                             DitMoeDtype dtype, cudaStream_t stream) {
   using namespace dit_moe::sm90;
   const Problem problem{x, w, expert_offsets, out, num_rows, depth, width, num_experts, stream};
+  if (few_rows(num_rows, num_experts)) return launch_narrow(problem, dtype);
   return launch<false>(problem, dtype);
 }

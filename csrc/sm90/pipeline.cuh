@@ -15,7 +15,7 @@ namespace dit_moe::sm90 {
 
 constexpr int kGroupThreads = 128;  // a warpgroup
 constexpr int kTileK = 64;          // elements of one swizzled row
-constexpr int kMaxStages = 6;
+constexpr int kMaxStages = 8;
 constexpr int kMaxSharedBytes = 227 * 1024;  // of a Hopper block
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;

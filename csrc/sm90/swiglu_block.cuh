@@ -1,4 +1,5 @@
-// Grouped matrix product for Hopper, A[rows of expert e] W[e], with SwiGLU or its gradient for an epilogue.
+// Grouped matrix product for Hopper, A[rows of expert e] W[e], with SwiGLU or its gradient for an epilogue, or none
+// where experts have few rows.
 //
 // Two blocks of a cluster compute neighbouring row tiles of one expert and share the weights, or, at its last rows,
 // neighbouring columns, and share the rows.
@@ -14,6 +15,7 @@ namespace dit_moe::sm90 {
 enum class Epilogue {
   kSwiGLU,      // out (rows, N) = silu(first half of A W) * second half of A W
   kSwiGLUKeep,  // the same, and h (rows, 2N) = A W
+  kStore,       // out (rows, N) = A W
   kDSwiGLU,     // out (rows, 2N) = gradient for h, where weight * A W is that for silu(first half of h) * second half
 };
 
@@ -26,29 +28,30 @@ struct SwiGLUConfig {
 
   // A finishing warpgroup reads h and stores three matrices, as many bytes as the memory moves during the product.
   static constexpr bool kFinishes = kEpilogue == Epilogue::kDSwiGLU;
-  static constexpr bool kPaired = !kFinishes;                     // gate and up columns in one tile
+  static constexpr bool kPaired = !kFinishes && kEpilogue != Epilogue::kStore;  // gate and up columns in one tile
   static constexpr bool kTransposed = kFinishes;                  // W is (E, K, N) in memory instead of (E, N, K)
   static constexpr int kColumns = kPaired ? kTileN / 2 : kTileN;  // of out
-  static constexpr int kSegments = kColumns / kStagingColumns;    // of them
+  static constexpr int kSegments = (kColumns + kStagingColumns - 1) / kStagingColumns;  // of them
+  static constexpr int kLastColumns = kColumns - (kSegments - 1) * kStagingColumns;     // of the last segment
   // Rows come in boxes of 64, one for each consumer.
   static constexpr int kRowBoxBytes = kTileM / 2 * kSwizzleBytes;
   static constexpr int kBytesA = 2 * kRowBoxBytes;
   // W comes in boxes of 128-byte rows: one of gate and one of up, or, transposed, one per 64 columns.
-  static constexpr int kBoxes = kTransposed ? kTileN / 64 : 2;
-  static constexpr int kBoxRows = kTransposed ? kTileK : kTileN / 2;
+  static constexpr int kBoxes = kTransposed ? kTileN / 64 : kPaired ? 2 : 1;
+  static constexpr int kBoxRows = kTransposed ? kTileK : kTileN / kBoxes;
   static constexpr int kBoxBytes = kBoxRows * kSwizzleBytes;
   static constexpr int kBytesB = kBoxes * kBoxBytes;
   using Layout = SharedLayout<kBytesA, kBytesB, kFinishes ? kSegments * kStagingBytes : kStagingBytes>;
   // K steps by which the first consumer leads the second, so that one rounds while the other multiplies.
   static constexpr int kStagger = 2;
-  // A tile is stored in pieces, each 64 columns of out, or of h's gate or up columns.
+  // A tile is stored in pieces, each a segment of out, or of h's gate or up columns.
   static constexpr int kPieces = kSegments * (kEpilogue == Epilogue::kSwiGLUKeep ? 3 : 1);
   // Row tiles (pairs of them in clusters) that sweep the columns together.
   static constexpr int kGroupM = kPaired ? 16 : 8;
 
   static_assert(kBoxRows % kSwizzleRows == 0 && kBoxRows <= 256, "boxes of whole swizzle periods");
   static_assert(kCluster == 1 || kCluster == 2, "alone or in pairs");
-  static_assert(kColumns % kStagingColumns == 0, "whole segments");
+  static_assert(kLastColumns == kStagingColumns || (!kFinishes && kLastColumns % 16 == 0), "whole segments");
 };
 
 struct SwiGLUArguments {
@@ -314,9 +317,15 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     const auto up = [&](int i, int q) { return pairs[half + segment * kStagingColumns / 4 + 4 * i + q]; };
     const auto put = [&](Element* first, int64_t stride, const auto& fragment) {
       const RowBlock<Element> block{first + row * stride, stride, rows};
-      store_columns<kStagingColumns>(staging(warp), block, column, arguments_.width, fragment);
+      if (segment + 1 < C::kSegments || C::kLastColumns == kStagingColumns) {
+        store_columns<kStagingColumns>(staging(warp), block, column, arguments_.width, fragment);
+      } else {
+        store_columns<C::kLastColumns>(staging(warp), block, column, arguments_.width, fragment);
+      }
     };
-    if (piece < C::kSegments) {
+    if (C::kEpilogue == Epilogue::kStore) {
+      put(static_cast<Element*>(arguments_.out), width, gate);
+    } else if (piece < C::kSegments) {
       const uint32_t zero = this->zero_from_here();
       put(static_cast<Element*>(arguments_.out), width,
           [&](int i, int q) { return swiglu_pair<Element>(gate(i, q) ^ zero, up(i, q)); });

@@ -1,4 +1,4 @@
-// Host side: a launch of the grouped product with SwiGLU or its gradient.
+// Host side: a launch of the grouped product with SwiGLU or its gradient, or of a plain one whose experts have few rows.
 #pragma once
 
 #include "launch.cuh"
@@ -54,10 +54,12 @@ cudaError_t launch(const SwiGLUProblem& problem) {
   int multiprocessors;
   const cudaError_t error = count_multiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;
-  const bool pairs = kEpilogue == Epilogue::kDSwiGLU
-                         ? gradient_in_pairs(product.rows, product.num_experts, product.depth)
-                         : in_pairs(product.rows, product.num_experts, product.depth);
-  if (pairs) return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 2>>(problem, multiprocessors);
+  if constexpr (kTileN > kWidestNarrow) {
+    const bool pairs = kEpilogue == Epilogue::kDSwiGLU
+                           ? gradient_in_pairs(product.rows, product.num_experts, product.depth)
+                           : in_pairs(product.rows, product.num_experts, product.depth);
+    if (pairs) return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 2>>(problem, multiprocessors);
+  }
   return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 1>>(problem, multiprocessors);
 }
 

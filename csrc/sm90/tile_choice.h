@@ -4,6 +4,9 @@
 
 #include <stdint.h>
 
+#include <algorithm>
+#include <cmath>
+
 namespace dit_moe::sm90 {
 
 constexpr int kTileM = 128;
@@ -12,6 +15,32 @@ constexpr int kHeightStep = 16;
 constexpr int kMaxHeight = 256;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether experts have so few rows that a product takes as long as its weights need to be fetched. Then blocks work alone
+// on narrow tiles of kTileM rows, so that all multiprocessors fetch.
+inline bool few_rows(int64_t rows, int64_t num_experts) { return rows <= kTileM * num_experts; }
+
+constexpr int kWidestNarrow = 128;
+constexpr int kNarrowSwiGLU = 96;  // columns of the product, half of them gate; 64 to 192 are within 4 % of the best
+
+// The width of such a tile of the plain product. An expert's second row tile, which needs the weights again, is the
+// likelier the more rows it has on average; a step of the depth costs the rows' bytes and the columns'.
+inline int narrow_columns(int64_t rows, int64_t width, int64_t num_experts, int multiprocessors) {
+  const double mean = static_cast<double>(rows) / static_cast<double>(num_experts), share = mean / kTileM;
+  const double row_tiles = static_cast<double>(std::min(num_experts, rows)) * (1.0 + 0.6 * share * share);
+  const int fetched_rows = mean <= kTileM / 2 ? 96 : kTileM;
+  int best = 0;
+  double best_time = 0.0;
+  for (const int columns : {64, 96, kWidestNarrow}) {
+    const double tiles = row_tiles * static_cast<double>(ceil_div(width, columns));
+    const double time = std::ceil(tiles / multiprocessors) * (columns + fetched_rows);
+    if (best == 0 || time < best_time) {
+      best = columns;
+      best_time = time;
+    }
+  }
+  return best;
+}
 
 // Whether the blocks of a product with SwiGLU work in pairs, which fetch the weights once for both: on an H100 up to 14
 // % faster, but where the loop over the depth is short, or no expert has rows for both, 2 to 20 % slower.

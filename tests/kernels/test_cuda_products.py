@@ -39,8 +39,16 @@ WIDTH_CASES = [
         (240, 480, 9000, 2), (8, 8, 100, 3),
     ]
 ]  # fmt: skip
+# Where weights are what is fetched: narrow tiles of 64, 96, 128 columns, even loads, experts with several row tiles.
+FEW_ROWS_CASES = [
+    Case(f"{name}_T{tokens}_{routing}", tokens, experts, 2, width, 4 * width, routing, tile_rows=None)
+    for name, tokens, experts, width in [
+        ("S", 256, 8, 384), ("XL", 256, 8, 1152), ("XL", 512, 8, 1152), ("G", 40, 16, 1408)
+    ]
+    for routing in ("random", "skewed")
+]  # fmt: skip
 ONE_EXPERT = Case("one_expert_of_8", 1024, 8, 1, 1152, 512, "last", tile_rows=None)
-ALL_CASES = [*SMALL_CASES, *WIDTH_CASES, ONE_EXPERT, *MODEL_CASES]
+ALL_CASES = [*SMALL_CASES, *WIDTH_CASES, *FEW_ROWS_CASES, ONE_EXPERT, *MODEL_CASES]
 TARGETS = gpu_targets("cuda", dtypes=[BF16, FP16])
 
 
@@ -102,7 +110,10 @@ def test_gradient_for_rows(target, case):
 @pytest.mark.parametrize("height", range(16, 257, 16))
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_height_of_a_tile(target, height):
-    """Many experts with as many rows each: few tiles are expected to be fastest, and most heights occur."""
+    """Many experts with as many rows each: few tiles are expected to be fastest, and most heights occur.
+
+    In the forward from 129 rows an expert on; below, tiles are narrow instead.
+    """
     num_experts, width_in, width_out = 64, 128, 384
     ids = (torch.arange(num_experts * height, device=target.device) % num_experts)[:, None]
     plan = make_routing_plan(ids, num_experts)
@@ -110,6 +121,12 @@ def test_each_height_of_a_tile(target, height):
     w = randn(num_experts, width_out, width_in, target=target, scale=width_in**-0.5)
     product = lambda x, w: grouped_gemm(x[plan.row_to_token.long()], w, plan, backend="cuda")  # noqa: E731
     check("rows", lambda x, w: naive_grouped_gemm(x[plan.row_to_token.long()], w, ids), product, [x, w])
+    grad, tiles = (
+        randn(ids.shape[0], width_out, target=target),
+        (plan.expert_offsets, plan.tile_expert, plan.tile_row, plan.tile_rows),
+    )
+    product = lambda grad, w: torch.ops.dit_moe.grouped_gemm_dx(grad, w, *tiles, "cuda")  # noqa: E731
+    check("dx", lambda grad, w: naive_grouped_gemm(grad, w.mT, ids), product, [grad, w])
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)

@@ -50,7 +50,7 @@ def products(kernels) -> dict[str, str]:
 
 
 def test_each_product_uses_the_warpgroup_instruction(products):
-    assert len(products) == 2 * 14  # two dtypes
+    assert len(products) == 2 * 18  # two dtypes
     assert all("HGMMA" in code and "UTMALDG" in code for code in products.values())
     assert not any(re.search(r"\bHMMA\b", code) for code in products.values())
 
