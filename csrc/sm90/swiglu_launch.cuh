@@ -1,4 +1,5 @@
-// Host side: a launch of the grouped product with SwiGLU or its gradient, or of a plain one whose experts have few rows.
+// Host side: a launch of the grouped product with SwiGLU or its gradient, or of a plain one whose experts have few
+// rows.
 #pragma once
 
 #include "launch.cuh"

@@ -16,8 +16,8 @@ constexpr int kMaxHeight = 256;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether experts have so few rows that a product takes as long as its weights need to be fetched. Then blocks work alone
-// on narrow tiles of kTileM rows, so that all multiprocessors fetch.
+// Whether experts have so few rows that a product takes as long as its weights need to be fetched. Then blocks work
+// alone on narrow tiles of kTileM rows, so that all multiprocessors fetch.
 inline bool few_rows(int64_t rows, int64_t num_experts) { return rows <= kTileM * num_experts; }
 
 constexpr int kWidestNarrow = 128;
