@@ -51,7 +51,7 @@ cudaError_t launch_attention(const AttentionProblem& problem) {
   if (error == cudaSuccess) error = make_head_map<C>(&map_values, problem, box_rows, 32);
   if (error != cudaSuccess) return error;
   const int64_t clusters = std::min<int64_t>(arguments.items, multiprocessors / arguments.blocks);
-  return launch_clusters(attention_kernel<C>, clusters, arguments.blocks, kAttentionThreads, C::kDynamicBytes,
+  return launch_clusters(attention_kernel<C>, clusters, arguments.blocks, kAttentionThreads, C::kDynamicBytes, false,
                          problem.stream, map_main, map_rest, map_values, arguments);
 }
 

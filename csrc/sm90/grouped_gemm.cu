@@ -19,13 +19,15 @@ cudaError_t launch_narrow(const Problem& problem, DitMoeDtype dtype) {
 }
 
 }  // namespace
+
+cudaError_t grouped_gemm(const Problem& problem, DitMoeDtype dtype) {
+  return few_rows(problem.rows, problem.num_experts) ? launch_narrow(problem, dtype) : launch<false>(problem, dtype);
+}
+
 }  // namespace dit_moe::sm90
 
 extern "C" cudaError_t dit_moe_grouped_gemm(const void* x, const void* w, const int32_t* expert_offsets, void* out,
                                             int64_t num_rows, int64_t depth, int64_t width, int64_t num_experts,
                                             DitMoeDtype dtype, cudaStream_t stream) {
-  using namespace dit_moe::sm90;
-  const Problem problem{x, w, expert_offsets, out, num_rows, depth, width, num_experts, stream};
-  if (few_rows(num_rows, num_experts)) return launch_narrow(problem, dtype);
-  return launch<false>(problem, dtype);
+  return dit_moe::sm90::grouped_gemm({x, w, expert_offsets, out, num_rows, depth, width, num_experts, stream}, dtype);
 }

@@ -68,12 +68,18 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     QueueRing queue;
     typename Base::StageRing ring;
     TokenTile tile;
-    while (this->next_tile(queue, tile)) {
-      const int boxes = (tile.height + C::kBoxTokens - 1) / C::kBoxTokens;
-      this->fill(ring, steps_, Layout::kBytesA + boxes * C::kBoxBytes, [&](int stage, int step) {
-        copy_weights(stage, tile, step);
-        copy_tokens(stage, tile, step, boxes);
-      });
+    int boxes;
+    const auto weights = [&](int stage, int step) { copy_weights(stage, tile, step); };
+    const auto tokens = [&](int stage, int step) { copy_tokens(stage, tile, step, boxes); };
+    for (bool first = true; this->next_tile(queue, tile); first = false) {
+      boxes = (tile.height + C::kBoxTokens - 1) / C::kBoxTokens;
+      const uint32_t bytes = Layout::kBytesA + boxes * C::kBoxBytes;
+      const int started = first ? this->fill_early(ring, steps_, bytes, weights, tokens) : 0;
+      const auto both = [&](int stage, int step) {
+        weights(stage, step);
+        tokens(stage, step);
+      };
+      this->fill(ring, steps_, bytes, both, started);
     }
   }
 

@@ -8,20 +8,11 @@
 #include <type_traits>
 
 #include "grouped_gemm.cuh"
-#include "launch.h"
+#include "problem.h"
 #include "tensor_map.cuh"
 #include "tile_choice.h"
 
 namespace dit_moe::sm90 {
-
-struct Problem {
-  const void* x;           // (rows, depth)
-  const void* w;           // (num_experts, columns, depth), or (num_experts, depth, columns) if transposed
-  const int32_t* offsets;  // (num_experts + 1,), or null where there is one expert
-  void* out;               // (rows, width)
-  int64_t rows, depth, width, num_experts;
-  cudaStream_t stream;
-};
 
 // A size that a kernel may hold in 32 bits, where matrix rows are whole multiples of 16 bytes.
 inline bool valid_width(int64_t width) { return width > 0 && width <= 1 << 30 && width % 8 == 0; }
@@ -36,30 +27,37 @@ inline bool valid(const Problem& problem) {
          (problem.offsets != nullptr || problem.num_experts == 1);
 }
 
-// blocks: of a cluster.
+// blocks: of a cluster. starts_early: see Problem.
 template <typename... Parameters>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int blocks, int threads, int shared_bytes,
-                            cudaStream_t stream, const Parameters&... arguments) {
+                            bool starts_early, cudaStream_t stream, const Parameters&... arguments) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (blocks > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  }
+  if (starts_early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = blocks > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <class Block>
 cudaError_t enqueue(const CUtensorMap& map_a, const CUtensorMap& map_b, const typename Block::Arguments& arguments,
-                    int64_t clusters, cudaStream_t stream) {
+                    int64_t clusters, cudaStream_t stream, bool starts_early = false) {
   return launch_clusters(grouped_gemm_kernel<Block>, clusters, Block::kCluster, kThreads<Block>,
-                         Block::Layout::kDynamicBytes, stream, map_a, map_b, arguments);
+                         Block::Layout::kDynamicBytes, starts_early, stream, map_a, map_b, arguments);
 }
 
 inline cudaError_t count_multiprocessors(int* count) {
@@ -93,7 +91,7 @@ cudaError_t launch(const Problem& problem) {
                                    static_cast<int>(problem.width),
                                    problem.rows};
   const int64_t clusters = std::min<int64_t>(ceil_div(tiles_m * tiles_n, C::kCluster), multiprocessors / C::kCluster);
-  return enqueue<Block<C>>(map_x, map_w, arguments, clusters, problem.stream);
+  return enqueue<Block<C>>(map_x, map_w, arguments, clusters, problem.stream, problem.starts_early);
 }
 
 // The same for an element type known at run time.

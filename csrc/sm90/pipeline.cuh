@@ -148,10 +148,11 @@ class Pipeline {
   }
 
   // The producer's part of a tile, a warp: one lane's copy(stage, step) starts the copies of a K step, `bytes` in all,
-  // into a free stage.
+  // into a free stage. The first `started` steps have been.
   template <typename Copy>
-  __device__ __forceinline__ void fill(StageRing& ring, int steps, uint32_t bytes, const Copy& copy) const {
-    for (int step = 0; step < steps; ++step) {
+  __device__ __forceinline__ void fill(StageRing& ring, int steps, uint32_t bytes, const Copy& copy,
+                                       int started = 0) const {
+    for (int step = started; step < steps; ++step) {
       barrier_wait(empty(ring.stage), ring.phase ^ 1);
       if (elect_one()) {
         barrier_arrive_expect(full(ring.stage), bytes);
@@ -160,6 +161,25 @@ class Pipeline {
       __syncwarp();
       ring.advance();
     }
+  }
+
+  // The same for the first steps of a block's first tile, as many as there are stages: weights come while the kernel in
+  // front of this one may still be computing the rows. How many steps these are.
+  template <typename Weights, typename Rows>
+  __device__ __forceinline__ int fill_early(StageRing& ring, int steps, uint32_t bytes, const Weights& weights,
+                                            const Rows& rows) const {
+    const int early = steps < L::kStages ? steps : L::kStages;
+    if (elect_one()) {
+      for (int step = 0; step < early; ++step) {
+        barrier_arrive_expect(full(step), bytes);
+        weights(step, step);
+      }
+      wait_for_previous();
+      for (int step = 0; step < early; ++step) rows(step, step);
+    }
+    __syncwarp();
+    for (int step = 0; step < early; ++step) ring.advance();
+    return early;
   }
 
   // A consumer's part: multiply(stage, step) starts the products of a K step, prepare(step) comes before each, and the
@@ -251,6 +271,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   if (threadIdx.x == 0) {
     prefetch_map(&map_a);
     prefetch_map(&map_b);
+    let_next_start();
     block.init_barriers(1 + kConsumerWarps + (Block::kFinishes ? kGroupThreads / 32 : 0));
   }
   if constexpr (Block::kCluster > 1) {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "launch.h"
+#include "problem.h"
 
 namespace dit_moe::sm90 {
 namespace {
@@ -99,7 +99,8 @@ extern "C" cudaError_t dit_moe_routed_ffn_products(const void* x, const void* ga
   error = dit_moe_grouped_swiglu(rows, w13, offsets, activation, nullptr, num_rows, depth, hidden, num_experts, dtype,
                                  stream);
   if (error != cudaSuccess) return error;
-  return dit_moe_grouped_gemm(activation, w2, offsets, rows, num_rows, hidden, depth, num_experts, dtype, stream);
+  const Problem down{activation, w2, offsets, rows, num_rows, hidden, depth, num_experts, stream, true};
+  return grouped_gemm(down, dtype);
 }
 
 extern "C" cudaError_t dit_moe_routed_ffn(const void* x, const void* gate, const void* w13, const void* w2,

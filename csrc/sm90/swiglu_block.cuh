@@ -101,12 +101,16 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     QueueRing queue;
     typename Base::StageRing ring;
     Tile tile;
-    while (this->next_tile(queue, tile)) {
-      this->fill(ring, steps_, Layout::kStageBytes - (half_empty(tile) ? C::kRowBoxBytes : 0),
-                 [&](int stage, int step) {
-                   copy_rows(stage, tile, step);
-                   copy_weights(stage, tile, step);
-                 });
+    const auto weights = [&](int stage, int step) { copy_weights(stage, tile, step); };
+    const auto rows = [&](int stage, int step) { copy_rows(stage, tile, step); };
+    for (bool first = true; this->next_tile(queue, tile); first = false) {
+      const uint32_t bytes = Layout::kStageBytes - (half_empty(tile) ? C::kRowBoxBytes : 0);
+      const int started = first ? this->fill_early(ring, steps_, bytes, weights, rows) : 0;
+      const auto both = [&](int stage, int step) {
+        rows(stage, step);
+        weights(stage, step);
+      };
+      this->fill(ring, steps_, bytes, both, started);
     }
   }
 

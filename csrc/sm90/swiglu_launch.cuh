@@ -44,7 +44,7 @@ cudaError_t launch_configuration(const SwiGLUProblem& problem, int multiprocesso
                                   static_cast<int>(product.width),
                                   product.rows,
                                   problem.gradients};
-  return enqueue<SwiGLUBlock<C>>(map_a, map_b, arguments, clusters, product.stream);
+  return enqueue<SwiGLUBlock<C>>(map_a, map_b, arguments, clusters, product.stream, product.starts_early);
 }
 
 template <typename Element, Epilogue kEpilogue, int kTileN>
