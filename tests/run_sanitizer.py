@@ -40,8 +40,8 @@ NORM_SIZES = [(2, 5, 72), (3, 7, 33), (1, 19, 384), (2, 3, 1152), (1, 2, 2104)]
 # images, tokens, heads, width; the last in pairs of blocks
 ATTENTION_SIZES = [(1, 128, 1, 72), (140, 256, 1, 64), (2, 384, 3, 88), (35, 512, 2, 72)]
 # tokens, experts, choices, widths: several tiles for each block of a product, alone and, where the width is large, in
-# pairs, some of whose tiles are split or half empty; in the third the gradient of SwiGLU too. The last two have few rows
-# an expert, so that without gradients tiles are narrow.
+# pairs, some of whose tiles are split or half empty; in the third the gradient of SwiGLU too. The last two have few
+# rows an expert, so that without gradients tiles are narrow.
 MANY_TILES = [
     (1200, 4, 2, 64, 1216),
     (1200, 8, 2, 512, 1216),
