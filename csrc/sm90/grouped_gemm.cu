@@ -5,6 +5,8 @@ namespace dit_moe::sm90 {
 namespace {
 
 cudaError_t launch_narrow(const Problem& problem, DitMoeDtype dtype) {
+  if (!valid(problem)) return cudaErrorInvalidValue;
+  if (problem.rows == 0) return cudaSuccess;
   int multiprocessors;
   const cudaError_t error = count_multiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;

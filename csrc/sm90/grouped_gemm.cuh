@@ -44,6 +44,7 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   using Arguments = GroupedArguments;
   using Layout = typename C::Layout;
   static constexpr int kCluster = C::kCluster;
+  static constexpr bool kOverlaps = !C::kTransposed;
   static constexpr int kProducerRegisters = 40;  // its scheduler may have to look ahead to the next group
   static constexpr int kConsumerRegisters = 232;
 
@@ -71,7 +72,7 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     int boxes;
     const auto weights = [&](int stage, int step) { copy_weights(stage, tile, step); };
     const auto tokens = [&](int stage, int step) { copy_tokens(stage, tile, step, boxes); };
-    for (bool first = true; this->next_tile(queue, tile); first = false) {
+    for (bool first = kOverlaps; this->next_tile(queue, tile); first = false) {
       boxes = (tile.height + C::kBoxTokens - 1) / C::kBoxTokens;
       const uint32_t bytes = Layout::kBytesA + boxes * C::kBoxBytes;
       const int started = first ? this->fill_early(ring, steps_, bytes, weights, tokens) : 0;

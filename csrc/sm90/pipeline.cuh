@@ -63,6 +63,8 @@ class Pipeline {
  public:
   // What a kind of block with a finishing warpgroup says otherwise: with finish(), it has four of 512 registers in all.
   static constexpr bool kFinishes = false;
+  // And what one says that may run beside the kernel in front of it or behind it, see Problem.
+  static constexpr bool kOverlaps = false;
   static constexpr int kProducerRegisters = sm90::kProducerRegisters;
   static constexpr int kConsumerRegisters = sm90::kConsumerRegisters;
   static constexpr int kFinisherRegisters = 0;
@@ -271,7 +273,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   if (threadIdx.x == 0) {
     prefetch_map(&map_a);
     prefetch_map(&map_b);
-    let_next_start();
+    if constexpr (Block::kOverlaps) let_next_start();
     block.init_barriers(1 + kConsumerWarps + (Block::kFinishes ? kGroupThreads / 32 : 0));
   }
   if constexpr (Block::kCluster > 1) {

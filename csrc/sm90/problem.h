@@ -16,7 +16,9 @@ struct Problem {
   int64_t rows, depth, width, num_experts;
   cudaStream_t stream;
   // Whether the kernel may start while the one in front of it, a grouped product too, is still running. It then fetches
-  // weights and offsets at once, which nobody may be writing any more, and waits before it touches x and out.
+  // weights and offsets at once, which nobody may be writing any more, and waits before it touches x and out. There
+  // must be rows in use: a kernel without any would not wait, and what comes behind it would find the one in front
+  // running.
   bool starts_early = false;
 };
 

@@ -77,6 +77,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   using Layout = typename C::Layout;
   static constexpr int kCluster = C::kCluster;
   static constexpr bool kFinishes = C::kFinishes;
+  static constexpr bool kOverlaps = C::kEpilogue == Epilogue::kSwiGLU || C::kEpilogue == Epilogue::kStore;
   static constexpr int kProducerRegisters = kFinishes ? 32 : 40;  // the schedule's share too
   static constexpr int kConsumerRegisters = kFinishes ? 144 : 232;
   static constexpr int kFinisherRegisters = 512 - kProducerRegisters - 2 * kConsumerRegisters;
@@ -101,16 +102,23 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     QueueRing queue;
     typename Base::StageRing ring;
     Tile tile;
-    const auto weights = [&](int stage, int step) { copy_weights(stage, tile, step); };
-    const auto rows = [&](int stage, int step) { copy_rows(stage, tile, step); };
     for (bool first = true; this->next_tile(queue, tile); first = false) {
       const uint32_t bytes = Layout::kStageBytes - (half_empty(tile) ? C::kRowBoxBytes : 0);
-      const int started = first ? this->fill_early(ring, steps_, bytes, weights, rows) : 0;
-      const auto both = [&](int stage, int step) {
-        rows(stage, step);
-        weights(stage, step);
-      };
-      this->fill(ring, steps_, bytes, both, started);
+      if constexpr (kOverlaps) {
+        const auto weights = [&](int stage, int step) { copy_weights(stage, tile, step); };
+        const auto rows = [&](int stage, int step) { copy_rows(stage, tile, step); };
+        const int started = first ? this->fill_early(ring, steps_, bytes, weights, rows) : 0;
+        const auto both = [&](int stage, int step) {
+          rows(stage, step);
+          weights(stage, step);
+        };
+        this->fill(ring, steps_, bytes, both, started);
+      } else {
+        this->fill(ring, steps_, bytes, [&](int stage, int step) {
+          copy_rows(stage, tile, step);
+          copy_weights(stage, tile, step);
+        });
+      }
     }
   }
 

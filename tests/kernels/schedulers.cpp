@@ -1,7 +1,7 @@
 // Checks csrc/sm90/scheduler.cuh's TokenScheduler and TileScheduler on the host: every row meets every column tile
 // exactly once, blocks of a pair agree, and what they say they share is the same. Then the choice of tiles' height: the
-// schedules of random loads take hardly longer than with the best height. Prints the first case that fails and
-// returns 1.
+// schedules of random loads take hardly longer than with the best height; and of narrow tiles' width. Prints the first
+// case that fails and returns 1.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -148,6 +148,44 @@ bool heights_fail(std::mt19937& random) {
   return true;
 }
 
+// When the last of c.clusters blocks is done with its narrow tiles of `columns`, where a tile costs what it fetches.
+int narrow_duration(const Case& c, int width, int columns) {
+  const int num_experts = static_cast<int>(c.offsets.size()) - 1;
+  int last = 0;
+  for (int block = 0; block < c.clusters; ++block) {
+    TileScheduler<1> scheduler(c.offsets.data(), c.offsets.back(), num_experts, (width + columns - 1) / columns, 16,
+                               block, c.clusters);
+    int time = 0;
+    for (Tile tile; scheduler.next(0, tile);) time += columns + (tile.low ? kTileM / 2 : kTileM);
+    last = std::max(last, time);
+  }
+  return last;
+}
+
+// Prints what is wrong with the widths of narrow tiles for the models' sizes and random loads, if anything is.
+bool widths_fail(std::mt19937& random) {
+  double excess = 0.0, narrowest = 0.0, widest = 0.0;
+  constexpr int trials = 500, multiprocessors = 132;
+  constexpr int models[][2] = {{384, 8}, {768, 8}, {1024, 8}, {1152, 8}, {1408, 16}};
+  for (int trial = 0; trial < trials; ++trial) {
+    const auto [width, num_experts] = models[trial % 5];
+    std::vector<int32_t> loads(num_experts);
+    const int rows = (32 << random() % 5) * num_experts / 8;
+    for (int row = 0; row < rows; ++row) ++loads[random() % num_experts];
+    Case c{{0}, 0, 0, multiprocessors};
+    for (const int32_t load : loads) c.offsets.push_back(c.offsets.back() + load);
+    const int times[] = {narrow_duration(c, width, 64), narrow_duration(c, width, 96), narrow_duration(c, width, 128)};
+    const double best = *std::min_element(times, times + 3);
+    excess += narrow_duration(c, width, narrow_columns(rows, width, num_experts, multiprocessors)) / best - 1.0;
+    narrowest += times[0] / best - 1.0;
+    widest += times[2] / best - 1.0;
+  }
+  if (excess < 0.05 * trials && excess < 0.5 * std::min(narrowest, widest)) return false;
+  std::printf("narrow tiles take on average %.3f more than with the best width, always 64 %.3f, always 128 %.3f\n",
+              excess / trials, narrowest / trials, widest / trials);
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -168,5 +206,5 @@ int main() {
       return 1;
     }
   }
-  return heights_fail(random) ? 1 : 0;
+  return heights_fail(random) || widths_fail(random) ? 1 : 0;
 }

@@ -121,10 +121,8 @@ def test_each_height_of_a_tile(target, height):
     w = randn(num_experts, width_out, width_in, target=target, scale=width_in**-0.5)
     product = lambda x, w: grouped_gemm(x[plan.row_to_token.long()], w, plan, backend="cuda")  # noqa: E731
     check("rows", lambda x, w: naive_grouped_gemm(x[plan.row_to_token.long()], w, ids), product, [x, w])
-    grad, tiles = (
-        randn(ids.shape[0], width_out, target=target),
-        (plan.expert_offsets, plan.tile_expert, plan.tile_row, plan.tile_rows),
-    )
+    grad = randn(ids.shape[0], width_out, target=target)
+    tiles = (plan.expert_offsets, plan.tile_expert, plan.tile_row, plan.tile_rows)
     product = lambda grad, w: torch.ops.dit_moe.grouped_gemm_dx(grad, w, *tiles, "cuda")  # noqa: E731
     check("dx", lambda grad, w: naive_grouped_gemm(grad, w.mT, ids), product, [grad, w])
 
