@@ -5,7 +5,7 @@ namespace dit_moe::sm90 {
 namespace {
 
 cudaError_t launch_narrow(const Problem& problem, DitMoeDtype dtype) {
-  if (!valid(problem)) return cudaErrorInvalidValue;
+  if (!valid(problem) || (dtype != DIT_MOE_FLOAT16 && dtype != DIT_MOE_BFLOAT16)) return cudaErrorInvalidValue;
   if (problem.rows == 0) return cudaSuccess;
   int multiprocessors;
   const cudaError_t error = count_multiprocessors(&multiprocessors);
