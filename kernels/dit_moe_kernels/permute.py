@@ -123,12 +123,17 @@ _permute = define_op(
 # ---- unpermute without weights
 
 
-def _unpermute_impl(
-    y: Tensor, addend: Tensor | None, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str
-) -> Tensor:
+def run_unpermute(y: Tensor, slot_to_row: Tensor, top_k: int, backend: str, addend: Tensor | None = None) -> Tensor:
+    """The op's implementation: `unpermute` without weights."""
     if backend == "reference":
         return reference.unpermute(y, None, slot_to_row, top_k, addend)
     return _kernels(backend).unpermute(y.contiguous(), None, slot_to_row, top_k, _contiguous(addend))
+
+
+def _unpermute_impl(
+    y: Tensor, addend: Tensor | None, _row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str
+) -> Tensor:
+    return run_unpermute(y, slot_to_row, top_k, backend, addend)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

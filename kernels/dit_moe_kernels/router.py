@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import backends, checks, reference
 from .library import define_op
+from .permute import run_unpermute
 
 
 def router_logits(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
@@ -131,20 +132,11 @@ def _gradients_impl(
         rows = None if rows is None else rows.contiguous()
         dx, dgate = kernels.router_gradients(grad, x, gate, rows, slot_to_row, wants_dx, wants_dgate)
     else:  # Triton has no kernel for it: PyTorch's products
-        addend = _combine(rows, slot_to_row, x.shape[0], backend) if wants_dx else None
+        addend = None
+        if wants_dx and rows is not None and slot_to_row is not None and x.shape[0]:
+            addend = run_unpermute(rows, slot_to_row, slot_to_row.shape[0] // x.shape[0], backend)
         dx, dgate = reference.router_gradients(grad, x, gate, addend, wants_dx, wants_dgate)
     return x.new_empty(0) if dx is None else dx, gate.new_empty(0) if dgate is None else dgate
-
-
-def _combine(rows: Tensor | None, slot_to_row: Tensor | None, num_tokens: int, backend: str) -> Tensor | None:
-    if rows is None or slot_to_row is None or not num_tokens:
-        return None
-    top_k = slot_to_row.shape[0] // num_tokens
-    if backend == "reference":
-        return reference.unpermute(rows, None, slot_to_row, top_k)
-    from .triton_impl import permute as kernels
-
-    return kernels.unpermute(rows.contiguous(), None, slot_to_row, top_k)
 
 
 def _gradients_fake(
