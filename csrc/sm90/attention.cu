@@ -51,8 +51,8 @@ cudaError_t launch_attention(const AttentionProblem& problem) {
   if (error == cudaSuccess) error = make_head_map<C>(&map_values, problem, box_rows, 32);
   if (error != cudaSuccess) return error;
   const int64_t clusters = std::min<int64_t>(arguments.items, multiprocessors / arguments.blocks);
-  return launch_clusters(attention_kernel<C>, clusters, arguments.blocks, kAttentionThreads, C::kDynamicBytes, false,
-                         problem.stream, map_main, map_rest, map_values, arguments);
+  return launch_clusters(attention_kernel<C>, clusters, arguments.blocks, kAttentionThreads, C::kDynamicBytes,
+                         /*starts_early=*/false, problem.stream, map_main, map_rest, map_values, arguments);
 }
 
 template <typename Element>
@@ -99,11 +99,5 @@ extern "C" cudaError_t dit_moe_qk_norm_attention(const void* qkv, const void* q_
   arguments.eps = static_cast<float>(eps);
   arguments.weights_fp32 = fp32;
   const AttentionProblem problem{qkv, num_images, arguments, stream};
-  switch (dtype) {
-    case DIT_MOE_FLOAT16:
-      return launch_attention<__half>(problem, width);
-    case DIT_MOE_BFLOAT16:
-      return launch_attention<__nv_bfloat16>(problem, width);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(dtype, [&](auto element) { return launch_attention<decltype(element)>(problem, width); });
 }

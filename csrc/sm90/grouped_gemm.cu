@@ -4,26 +4,29 @@
 namespace dit_moe::sm90 {
 namespace {
 
-cudaError_t launch_narrow(const Problem& problem, DitMoeDtype dtype) {
-  if (!valid(problem) || (dtype != DIT_MOE_FLOAT16 && dtype != DIT_MOE_BFLOAT16)) return cudaErrorInvalidValue;
+template <typename Element>
+cudaError_t launch_narrow(const Problem& problem) {
+  if (!valid(problem)) return cudaErrorInvalidValue;
   if (problem.rows == 0) return cudaSuccess;
   int multiprocessors;
   const cudaError_t error = count_multiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;
   switch (narrow_columns(problem.rows, problem.width, problem.num_experts, multiprocessors)) {
     case 64:
-      return launch<Epilogue::kStore, 64>({problem}, dtype);
+      return launch_configuration<SwiGLUConfig<Element, Epilogue::kStore, 64, 1>>({problem}, multiprocessors);
     case 96:
-      return launch<Epilogue::kStore, 96>({problem}, dtype);
+      return launch_configuration<SwiGLUConfig<Element, Epilogue::kStore, 96, 1>>({problem}, multiprocessors);
     default:
-      return launch<Epilogue::kStore, kWidestNarrow>({problem}, dtype);
+      return launch_configuration<SwiGLUConfig<Element, Epilogue::kStore, kWidestNarrow, 1>>({problem},
+                                                                                             multiprocessors);
   }
 }
 
 }  // namespace
 
 cudaError_t grouped_gemm(const Problem& problem, DitMoeDtype dtype) {
-  return few_rows(problem.rows, problem.num_experts) ? launch_narrow(problem, dtype) : launch<false>(problem, dtype);
+  if (!few_rows(problem.rows, problem.num_experts)) return launch<false>(problem, dtype);
+  return with_element(dtype, [&](auto element) { return launch_narrow<decltype(element)>(problem); });
 }
 
 }  // namespace dit_moe::sm90

@@ -66,6 +66,18 @@ inline cudaError_t count_multiprocessors(int* count) {
   return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
 }
 
+// run(a value of the element type) for a type that these kernels have.
+template <typename Run>
+cudaError_t with_element(DitMoeDtype dtype, const Run& run) {
+  switch (dtype) {
+    case DIT_MOE_FLOAT16:
+      return run(__half{});
+    case DIT_MOE_BFLOAT16:
+      return run(__nv_bfloat16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 template <typename Element, bool kTransposed>
 cudaError_t launch(const Problem& problem) {
   using C = Config<Element, kTransposed>;
@@ -97,13 +109,7 @@ cudaError_t launch(const Problem& problem) {
 // The same for an element type known at run time.
 template <bool kTransposed>
 cudaError_t launch(const Problem& problem, DitMoeDtype dtype) {
-  switch (dtype) {
-    case DIT_MOE_FLOAT16:
-      return launch<__half, kTransposed>(problem);
-    case DIT_MOE_BFLOAT16:
-      return launch<__nv_bfloat16, kTransposed>(problem);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(dtype, [&](auto element) { return launch<decltype(element), kTransposed>(problem); });
 }
 
 }  // namespace dit_moe::sm90

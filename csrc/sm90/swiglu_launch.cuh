@@ -67,13 +67,7 @@ cudaError_t launch(const SwiGLUProblem& problem) {
 // The same for an element type known at run time.
 template <Epilogue kEpilogue, int kTileN>
 cudaError_t launch(const SwiGLUProblem& problem, DitMoeDtype dtype) {
-  switch (dtype) {
-    case DIT_MOE_FLOAT16:
-      return launch<__half, kEpilogue, kTileN>(problem);
-    case DIT_MOE_BFLOAT16:
-      return launch<__nv_bfloat16, kEpilogue, kTileN>(problem);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(dtype, [&](auto element) { return launch<decltype(element), kEpilogue, kTileN>(problem); });
 }
 
 }  // namespace dit_moe::sm90
