@@ -120,24 +120,35 @@ _permute = define_op(
     backward=_permute_backward,
 )
 
-# ---- unpermute without weights
+# ---- unpermute
 
 
-def run_unpermute(y: Tensor, slot_to_row: Tensor, top_k: int, backend: str, addend: Tensor | None = None) -> Tensor:
-    """The op's implementation: `unpermute` without weights."""
+def run_unpermute(
+    y: Tensor,
+    topk_weights: Tensor | None,
+    slot_to_row: Tensor,
+    top_k: int,
+    backend: str,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """The implementation of both ops below."""
     if backend == "reference":
-        return reference.unpermute(y, None, slot_to_row, top_k, addend)
-    return _kernels(backend).unpermute(y.contiguous(), None, slot_to_row, top_k, _contiguous(addend))
+        return reference.unpermute(y, topk_weights, slot_to_row, top_k, addend)
+    kernels = _kernels(backend)
+    return kernels.unpermute(y.contiguous(), _contiguous(topk_weights), slot_to_row, top_k, _contiguous(addend))
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+# ---- without weights
 
 
 def _unpermute_impl(
     y: Tensor, addend: Tensor | None, _row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, backend: str
 ) -> Tensor:
-    return run_unpermute(y, slot_to_row, top_k, backend, addend)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    return run_unpermute(y, None, slot_to_row, top_k, backend, addend)
 
 
 def _unpermute_fake(y: Tensor, addend: Any, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, _: str) -> Tensor:
@@ -162,17 +173,13 @@ _unpermute = define_op(
     backward=_unpermute_backward,
 )
 
-# ---- unpermute with weights
+# ---- with weights
 
 
 def _weighted_impl(
-    y: Tensor, topk_weights: Tensor, addend: Tensor | None, row_to_slot: Tensor, slot_to_row: Tensor, backend: str
+    y: Tensor, topk_weights: Tensor, addend: Tensor | None, _row_to_slot: Tensor, slot_to_row: Tensor, backend: str
 ) -> Tensor:
-    top_k = topk_weights.shape[1]
-    if backend == "reference":
-        return reference.unpermute(y, topk_weights, slot_to_row, top_k, addend)
-    y, topk_weights, addend = y.contiguous(), topk_weights.contiguous(), _contiguous(addend)
-    return _kernels(backend).unpermute(y, topk_weights, slot_to_row, top_k, addend)
+    return run_unpermute(y, topk_weights, slot_to_row, topk_weights.shape[1], backend, addend)
 
 
 def _weighted_fake(y: Tensor, topk_weights: Tensor, *_: Any) -> Tensor:

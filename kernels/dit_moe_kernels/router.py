@@ -134,7 +134,7 @@ def _gradients_impl(
     else:  # Triton has no kernel for it: PyTorch's products
         addend = None
         if wants_dx and rows is not None and slot_to_row is not None and x.shape[0]:
-            addend = run_unpermute(rows, slot_to_row, slot_to_row.shape[0] // x.shape[0], backend)
+            addend = run_unpermute(rows, None, slot_to_row, slot_to_row.shape[0] // x.shape[0], backend)
         dx, dgate = reference.router_gradients(grad, x, gate, addend, wants_dx, wants_dgate)
     return x.new_empty(0) if dx is None else dx, gate.new_empty(0) if dgate is None else dgate
 
