@@ -9,10 +9,12 @@
 namespace dit_moe {
 namespace {
 
-constexpr int kTokens = 8;         // of a thread, whose results for x it has in registers together
+constexpr int kBlockTokens = 16;   // whose results for x a block computes
+constexpr int kTokens = 4;         // of these, which a thread has in registers together
+constexpr int kChoices = 2;        // rows of a token that a thread loads together
 constexpr int kColumns = 4;        // of a thread, whose sums for the gate it has in registers together
 constexpr int kInFlight = 8;       // tokens of which a thread loads x together
-constexpr int kChunk = 32;         // tokens whose gradients of the scores a block has in shared memory together
+constexpr int kChunk = 128;        // tokens whose gradients of the scores a block has in shared memory together
 constexpr int kFewestTokens = 32;  // of a part
 constexpr int kSlices = 8;         // of the parts, added up side by side
 
@@ -47,47 +49,75 @@ __device__ __forceinline__ void load_floats(const T* address, float (&values)[kC
   for (int i = 0; i < kCount; ++i) values[i] = to_float(elements[i]);
 }
 
-// dx[t] = sum over k of the rows of t's slots + sum over e of dlogits[t, e] gate[e], in the order of k, then of e.
+// dx[t] = sum over k of the rows of t's slots + sum over e of dlogits[t, e] gate[e], in the order of k, then of e. The
+// next tokens' rows come while those before are multiplied.
 template <typename X, typename Gate>
 __global__ void __launch_bounds__(kThreads) tokens_kernel(const Arguments arguments) {
   constexpr int kPack = kWideBytes / sizeof(X);
+  using L = Layout<X, kPack>;
+  using Word = typename L::Word;
+  __shared__ int32_t row_of_slot[kBlockTokens * kMaxRouterExperts];  // -1 past the last token too
+  __shared__ float factors[kBlockTokens * kMaxRouterExperts];
+  const int num_experts = arguments.num_experts, top_k = arguments.top_k;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockTokens;
+  const int count = static_cast<int>(min(arguments.num_tokens - first, static_cast<int64_t>(kBlockTokens)));
+  for (int i = threadIdx.x; i < kBlockTokens * top_k; i += blockDim.x) {
+    row_of_slot[i] = i < count * top_k ? __ldg(arguments.slot_to_row + first * top_k + i) : -1;
+  }
+  for (int i = threadIdx.x; i < kBlockTokens * num_experts; i += blockDim.x) {
+    factors[i] = i < count * num_experts ? __ldg(arguments.dlogits + first * num_experts + i) : 0.0f;
+  }
+  __syncthreads();
   const unsigned word = blockIdx.y * blockDim.x + threadIdx.x;
   if (word >= arguments.words) return;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
-  const int count = static_cast<int>(min(arguments.num_tokens - first, static_cast<int64_t>(kTokens)));
   const auto* gate = static_cast<const Gate*>(arguments.gate) + word * kPack;
-  float sum[kTokens][kPack] = {};
-  for (int k = 0; k < arguments.top_k; ++k) {
-    int32_t row[kTokens];
-    float value[kTokens][kPack];
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      row[t] = __ldg(arguments.slot_to_row + (first + min(t, count - 1)) * arguments.top_k + k);
-      const int64_t place = static_cast<int64_t>(max(row[t], 0)) * arguments.depth + word * kPack;
-      load_floats(static_cast<const X*>(arguments.rows) + place, value[t]);
-    }
+  const auto* rows = static_cast<const Word*>(arguments.rows) + word;
+  auto* dx = static_cast<Word*>(arguments.dx) + first * arguments.words + word;
+
+  // The choices k, k + 1, ... of kTokens tokens, zeros where there is none.
+  const auto fetch = [&](int token, int k, Word(&words)[kTokens][kChoices]) {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) sum[t][i] += row[t] >= 0 ? value[t][i] : 0.0f;
+      for (int j = 0; j < kChoices; ++j) {
+        const int32_t row = token < count && k + j < top_k ? row_of_slot[(token + t) * top_k + k + j] : -1;
+        words[t][j] = row >= 0 ? load_once(rows + static_cast<int64_t>(row) * arguments.words) : Word{};
+      }
     }
-  }
-  for (int e = 0; e < arguments.num_experts; ++e) {
-    float weight[kPack];
-    load_floats(gate + static_cast<int64_t>(e) * arguments.depth, weight);
+  };
+  Word ahead[kTokens][kChoices];
+  fetch(0, 0, ahead);
+  for (int token = 0; token < count; token += kTokens) {
+    float sum[kTokens][kPack] = {};
+    for (int k = 0; k < top_k; k += kChoices) {
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {  // past the last token the last one again, whose result is not stored
-      const int64_t token = first + min(t, count - 1);
-      const float factor = __ldg(arguments.dlogits + token * arguments.num_experts + e);
+      for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) sum[t][i] = fmaf(factor, weight[i], sum[t][i]);
+        for (int j = 0; j < kChoices; ++j) {
+          float value[kPack];
+          unpack<L>(ahead[t][j], value);
+#pragma unroll
+          for (int i = 0; i < kPack; ++i) sum[t][i] += value[i];
+        }
+      }
+      const bool last = k + kChoices >= top_k;
+      fetch(last ? token + kTokens : token, last ? 0 : k + kChoices, ahead);
     }
-  }
-  using L = Layout<X, kPack>;
-  auto* dx = static_cast<typename L::Word*>(arguments.dx) + first * arguments.words + word;
+#pragma unroll 4
+    for (int e = 0; e < num_experts; ++e) {
+      float weight[kPack];
+      load_floats(gate + static_cast<int64_t>(e) * arguments.depth, weight);
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    if (t < count) store(dx + t * static_cast<int64_t>(arguments.words), pack<L>(sum[t]));
+      for (int t = 0; t < kTokens; ++t) {
+        const float factor = factors[(token + t) * num_experts + e];
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) sum[t][i] = fmaf(factor, weight[i], sum[t][i]);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (token + t < count) store(dx + (token + t) * static_cast<int64_t>(arguments.words), pack<L>(sum[t]));
+    }
   }
 }
 
@@ -101,7 +131,14 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const Arguments argumen
   const int first_expert = blockIdx.z * kExperts, experts = min(arguments.num_experts - first_expert, kExperts);
   const int64_t begin = blockIdx.y * arguments.part_tokens;
   const int64_t end = min(begin + arguments.part_tokens, arguments.num_tokens);
-  const auto* x = static_cast<const X*>(arguments.x) + (valid ? quad * kColumns : 0);
+  using L = Layout<X, kColumns>;
+  const auto* x = static_cast<const typename L::Word*>(arguments.x) + (valid ? quad : 0);
+  typename L::Word ahead[kInFlight];  // the next tokens'; past the last token the last one again, which is not added
+  const auto fetch = [&](int64_t token) {
+#pragma unroll
+    for (int t = 0; t < kInFlight; ++t) ahead[t] = __ldg(x + min(token + t, end - 1) * (arguments.depth / kColumns));
+  };
+  fetch(begin);
   float sum[kExperts][kColumns] = {};
   for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
     const int count = static_cast<int>(min(end - chunk, static_cast<int64_t>(kChunk)));
@@ -115,9 +152,8 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const Arguments argumen
     for (int first = 0; first < count; first += kInFlight) {
       float value[kInFlight][kColumns];
 #pragma unroll
-      for (int t = 0; t < kInFlight; ++t) {  // past the last token the last one again, which is not added
-        load_floats(x + (chunk + min(first + t, count - 1)) * arguments.depth, value[t]);
-      }
+      for (int t = 0; t < kInFlight; ++t) unpack<L>(ahead[t], value[t]);
+      fetch(chunk + first + kInFlight);
 #pragma unroll
       for (int t = 0; t < kInFlight; ++t) {
         if (first + t >= count) break;
@@ -197,7 +233,7 @@ cudaError_t launch(Arguments arguments, cudaStream_t stream) {
   arguments.words = static_cast<unsigned>(arguments.depth / (kWideBytes / static_cast<int64_t>(sizeof(X))));
   if (arguments.dx != nullptr && arguments.num_tokens > 0) {
     const Columns columns(arguments.words);
-    const dim3 grid(static_cast<unsigned>(ceil_div(arguments.num_tokens, kTokens)), columns.blocks);
+    const dim3 grid(static_cast<unsigned>(ceil_div(arguments.num_tokens, kBlockTokens)), columns.blocks);
     tokens_kernel<X, Gate><<<grid, columns.threads, 0, stream>>>(arguments);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
