@@ -20,13 +20,15 @@ struct Place {
   int row, column;  // in tiles
 };
 
+// Of an expert, on average: from here on, what matters is the bytes that are fetched from device memory.
+constexpr int kManyRows = 2048;
+
 // The first tile of a cluster, which then strides over all. Tiles of neighbouring numbers share operands, and clusters
 // in the same group of multiprocessors (GPC) seem to read from the L2 cache once what they need together: so where an
 // expert has few rows, the clusters of a group get neighbouring numbers. This is the order in which an H100 deals out
 // 66 clusters of two blocks to its groups of 8 or 9 (as %smid shows it); on any other GPU it is one order among others.
 __device__ __forceinline__ int first_tile(int cluster, int clusters, int64_t rows, int num_experts) {
-  constexpr int few_rows = 2048;  // of an expert
-  if (clusters != 66 || rows > int64_t{few_rows} * num_experts) return cluster;
+  if (clusters != 66 || rows > int64_t{kManyRows} * num_experts) return cluster;
   if (cluster < 4) return 4 + cluster;
   const int place = cluster - 4;
   int group = place % 8, index = place / 8;
@@ -127,6 +129,53 @@ class TileScheduler {
   int start_, end_;
 };
 
+// Where experts have few rows: a block strides over items, each an expert's columns of one tile for all of its rows. So
+// a block's first weights follow from its number, and are fetched before anyone knows the rows. The first item has a
+// tile even if the expert has no rows.
+class ItemScheduler {
+ public:
+  __device__ __forceinline__ ItemScheduler(const int32_t* offsets, int num_experts, int tiles_n, int block, int blocks)
+      : offsets_(offsets), num_items_(num_experts * tiles_n), tiles_n_(tiles_n), step_(blocks) {
+    enter(block);
+  }
+
+  // Sets which weights an item needs.
+  static __device__ __forceinline__ void place(int item, int tiles_n, Tile& tile) {
+    tile.expert = item / tiles_n;
+    tile.column = item - tile.expert * tiles_n;
+    tile.split = false;
+  }
+
+  // False when no tile is left.
+  __device__ __forceinline__ bool next(Tile& tile) {
+    for (; item_ < num_items_; enter(item_ + step_)) {
+      if (row_ >= end_ && !first_) continue;
+      first_ = false;
+      place(item_, tiles_n_, tile);
+      tile.row = row_;
+      tile.end = end_;
+      tile.low = end_ - row_ <= kTileM / 2;
+      row_ += kTileM;
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  // Not through the read-only path: the offsets were written after the kernel started.
+  __device__ __forceinline__ void enter(int item) {
+    item_ = item;
+    if (item >= num_items_) return;
+    row_ = __ldcg(offsets_ + item / tiles_n_);
+    end_ = __ldcg(offsets_ + item / tiles_n_ + 1);
+  }
+
+  const int32_t* offsets_;
+  int num_items_, tiles_n_, step_;
+  int item_, row_, end_;
+  bool first_ = true;
+};
+
 // ---- tiles of equal height
 
 // What a product is expected to take whose tiles have at most `limit` rows: when the last pair of blocks is done with
@@ -215,6 +264,7 @@ class TokenScheduler {
         num_experts_(num_experts),
         tiles_n_(tiles_n),
         max_height_(max_height),
+        group_(num_rows > int64_t{kManyRows} * num_experts && tiles_n <= kFewColumns ? 2 : 16),
         next_(first_tile(cluster, clusters, num_rows, num_experts)),
         step_(clusters) {
     enter(0);
@@ -237,11 +287,10 @@ class TokenScheduler {
   }
 
  private:
-  // Row tiles that sweep over the columns together, so that a wave of blocks shares both operands in the L2 cache.
-  static constexpr int kGroup = 16;
+  static constexpr int kFewColumns = 24;  // in tiles
 
-  // Of the current group.
-  __device__ __forceinline__ int rows() const { return min(tiles_m_ - first_, kGroup); }
+  // Row tiles of the current group.
+  __device__ __forceinline__ int rows() const { return min(tiles_m_ - first_, group_); }
 
   __device__ __forceinline__ void enter(int expert) {
     expert_ = expert;
@@ -262,7 +311,7 @@ class TokenScheduler {
   // Goes on to the next group that has rows.
   __device__ __forceinline__ void leave() {
     taken_ = tiles_n_ % 2 * (rows() - taken_) % 2;
-    first_ += kGroup;
+    first_ += group_;
     skip_empty();
   }
 
@@ -300,6 +349,10 @@ class TokenScheduler {
 
   const int32_t* offsets_;
   int num_rows_, num_experts_, tiles_n_, max_height_;
+  // Row tiles that sweep over the columns together, so that a wave of blocks shares both operands in the L2 cache.
+  // Where a wave takes all columns of several rows, groups are small: few rows are then left for the next wave to fetch
+  // again.
+  int group_;
   int next_;  // counted from the current group's first pair
   int step_;
   int expert_, start_, end_;
@@ -314,16 +367,19 @@ struct WeightTile {
   int row, column;  // of the gradient, in tiles
 };
 
-// The same for weight gradients: tiles_m x tiles_n tiles for every expert.
+// The same for weight gradients: tiles_m x tiles_n tiles for every expert. A wave of blocks takes the shorter side as a
+// whole, so that what lies along the longer one is fetched once; of two long sides, a square.
 class WeightScheduler {
  public:
   __device__ __forceinline__ WeightScheduler(const int32_t* offsets, int num_experts, int tiles_m, int tiles_n,
-                                             int group_m, int first, int step)
+                                             int first, int step)
       : offsets_(offsets),
         num_tiles_(num_experts * tiles_m * tiles_n),
         tiles_m_(tiles_m),
         tiles_n_(tiles_n),
-        group_m_(group_m),
+        group_m_(min(tiles_m, tiles_n) > 16 ? 8
+                 : tiles_m <= tiles_n       ? tiles_m
+                                            : 2),
         next_(first),
         step_(step) {}
 

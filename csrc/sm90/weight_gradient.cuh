@@ -26,9 +26,8 @@ struct WeightConfig {
   static constexpr int kBoxRowsA = kTall ? kTileK : kTileK / 2;
   static constexpr int kBoxRowsB = kTall ? kTileK / 2 : kTileK;
   using Layout = SharedLayout<kStripsA * kStripBytes, kStripsB * kStripBytes>;
-  static constexpr int kStagger = 2;              // as in Config
-  static constexpr int kGroupM = kTall ? 8 : 16;  // a square of 66 clusters, more or less
-  static constexpr int kPrefetchSteps = 8;        // K steps before the end that old gradients are asked for
+  static constexpr int kStagger = 2;        // as in Config
+  static constexpr int kPrefetchSteps = 8;  // K steps before the end that old gradients are asked for
 };
 
 struct WeightArguments {
@@ -62,7 +61,7 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
     if (threadIdx.x % 32 != 0) return;
     constexpr int rows = kTileM * (C::kTall ? 2 : 1), columns = C::kTileN * (C::kTall ? 1 : 2);  // of a cluster
     WeightScheduler scheduler(arguments_.offsets, arguments_.num_experts, (arguments_.height + rows - 1) / rows,
-                              (arguments_.width + columns - 1) / columns, C::kGroupM, blockIdx.x / C::kCluster,
+                              (arguments_.width + columns - 1) / columns, blockIdx.x / C::kCluster,
                               gridDim.x / C::kCluster);
     this->template announce<WeightTile>([&](WeightTile& tile) { return scheduler.next(tile); });
   }

@@ -1,7 +1,7 @@
-// Checks csrc/sm90/scheduler.cuh's TokenScheduler and TileScheduler on the host: every row meets every column tile
-// exactly once, blocks of a pair agree, and what they say they share is the same. Then the choice of tiles' height: the
-// schedules of random loads take hardly longer than with the best height; and of narrow tiles' width. Prints the first
-// case that fails and returns 1.
+// Checks csrc/sm90/scheduler.cuh's schedulers on the host: every row meets every column tile exactly once, blocks of a
+// pair agree, and what they say they share is the same; every tile of a weight gradient comes once. Then the choice of
+// tiles' height: the schedules of random loads take hardly longer than with the best height; and of narrow tiles'
+// width. Prints the first case that fails and returns 1.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,6 +12,7 @@
 #define __device__
 #define __forceinline__ inline
 static int32_t __ldg(const int32_t* address) { return *address; }
+static int32_t __ldcg(const int32_t* address) { return *address; }
 using std::max;
 using std::min;
 
@@ -60,6 +61,42 @@ const char* failure(const Case& c) {
   }
   const bool once = std::all_of(visits.begin(), visits.end(), [](int count) { return count == 1; });
   return once ? nullptr : "a row meets a column not exactly once";
+}
+
+// The same for an ItemScheduler, whose blocks' first tiles lie where their numbers say.
+const char* failure_of_items(const Case& c) {
+  const int num_experts = static_cast<int>(c.offsets.size()) - 1, rows = c.offsets.back();
+  std::vector<int> visits(static_cast<size_t>(rows) * c.columns);
+  for (int block = 0; block < min(c.clusters, num_experts * c.columns); ++block) {
+    ItemScheduler scheduler(c.offsets.data(), num_experts, c.columns, block, c.clusters);
+    Tile tile, expected;
+    ItemScheduler::place(block, c.columns, expected);
+    for (bool first = true; scheduler.next(tile); first = false) {
+      if (first && (tile.expert != expected.expert || tile.column != expected.column)) return "a first tile elsewhere";
+      if (tile.row < c.offsets[tile.expert] || tile.end != c.offsets[tile.expert + 1]) return "an item out of place";
+      if (tile.low != (tile.end - tile.row <= kTileM / 2)) return "an item of the wrong height";
+      for (int row = tile.row; row < min(tile.end, tile.row + kTileM); ++row) ++visits[row * c.columns + tile.column];
+    }
+  }
+  const bool once = std::all_of(visits.begin(), visits.end(), [](int count) { return count == 1; });
+  return once ? nullptr : "a row meets a column of an item not exactly once";
+}
+
+// Every tile of a weight gradient, tiles_m x tiles_n for every expert, comes once, with the expert's rows.
+const char* failure_of_weights(const Case& c, int tiles_m, int tiles_n) {
+  const int num_experts = static_cast<int>(c.offsets.size()) - 1;
+  std::vector<int> visits(static_cast<size_t>(num_experts) * tiles_m * tiles_n);
+  for (int cluster = 0; cluster < c.clusters; ++cluster) {
+    WeightScheduler scheduler(c.offsets.data(), num_experts, tiles_m, tiles_n, cluster, c.clusters);
+    for (WeightTile tile; scheduler.next(tile);) {
+      if (tile.row >= tiles_m || tile.column >= tiles_n) return "a weight tile out of place";
+      if (tile.start != c.offsets[tile.expert] || tile.end != c.offsets[tile.expert + 1])
+        return "another expert's rows";
+      ++visits[(tile.expert * tiles_m + tile.row) * tiles_n + tile.column];
+    }
+  }
+  const bool once = std::all_of(visits.begin(), visits.end(), [](int count) { return count == 1; });
+  return once ? nullptr : "a weight tile comes not exactly once";
 }
 
 // The same for a TileScheduler. Blocks without a neighbour split nothing; pairs split no more than kTileM rows.
@@ -193,13 +230,15 @@ int main() {
   const auto below = [&](int bound) { return static_cast<int>(random() % bound); };
   for (int trial = 0; trial < 2000; ++trial) {
     Case c{{0}, 1 + below(12), kHeightStep * (1 + below(16)), trial % 4 ? 1 + below(70) : 66};
-    const int num_experts = 1 + below(9), most = trial % 2 ? 40 : 3000;
+    const int num_experts = 1 + below(9), most = trial % 2 ? 40 : trial % 8 ? 3000 : 9000;  // the last: kManyRows
     for (int expert = 0; expert < num_experts; ++expert) {
       c.offsets.push_back(c.offsets.back() + (below(3) == 0 ? 0 : below(most)));
     }
     const char* what = failure(c);
     if (what == nullptr) what = failure_of_tiles<1>(c);
     if (what == nullptr) what = failure_of_tiles<2>(c);
+    if (what == nullptr) what = failure_of_items(c);
+    if (what == nullptr) what = failure_of_weights(c, 1 + below(40), 1 + below(40));
     if (what != nullptr) {
       std::printf("trial %d, %d experts, %d rows, %d columns, height %d, %d clusters: %s\n", trial, num_experts,
                   c.offsets.back(), c.columns, c.max_height, c.clusters, what);
