@@ -5,6 +5,7 @@
 // fp32's last digit are left out. An accumulator takes 32 columns at most before it is added to the sum outside, since
 // the tensor core truncates where fp32 additions round. A float part is cut off, not rounded, so it cannot overflow; an
 // infinite element of x or of the gate makes the score NaN.
+#include "early_start.cuh"
 #include "routing.cuh"
 #include "softmax_topk.cuh"
 
@@ -217,6 +218,7 @@ __global__ void __launch_bounds__(kBlock, kGroups > 4 ? 2 : 3) router_kernel(con
   const TokenGroup<kLanes, kPer> group{thread % kLanes, num_experts};
   float* const scores = partial[0];  // (tokens, E) after the warps' parts are added
   float prob_sum = 0.0f;             // of expert `thread`
+  if (thread == 0) let_next_start();
   if (thread < kMaxRouterExperts) count[thread] = 0;
 
   const int64_t begin = blockIdx.x * arguments.range;
@@ -312,15 +314,15 @@ extern "C" cudaError_t dit_moe_router_logits(const void* x, const void* gate, fl
   return launch_router(arguments, unused, dtype, gate_dtype, stream);
 }
 
-extern "C" cudaError_t dit_moe_route(const void* x, const void* gate, float* weights, int32_t* ids, float* probs,
-                                     float* balance, const DitMoePlan* plan, void* rows, void* workspace,
-                                     int64_t num_tokens, int64_t depth, int64_t num_experts, int64_t top_k,
-                                     double balance_scale, DitMoeDtype dtype, DitMoeDtype gate_dtype,
-                                     cudaStream_t stream) {
-  using namespace dit_moe;
+namespace dit_moe {
+
+cudaError_t route(const void* x, const void* gate, float* weights, int32_t* ids, float* probs, float* balance,
+                  const DitMoePlan& plan, void* rows, void* workspace, int64_t num_tokens, int64_t depth,
+                  int64_t num_experts, int64_t top_k, double balance_scale, DitMoeDtype dtype, DitMoeDtype gate_dtype,
+                  bool overlaps, cudaStream_t stream) {
   const int64_t num_slots = num_tokens * top_k;
   if (!valid_router(x, gate, num_tokens, depth, num_experts, dtype, gate_dtype) || top_k < 1 || top_k > num_experts ||
-      !valid_plan(*plan, num_slots, num_experts) || reinterpret_cast<uintptr_t>(rows) % kWideBytes != 0) {
+      !valid_plan(plan, num_slots, num_experts) || reinterpret_cast<uintptr_t>(rows) % kWideBytes != 0) {
     return cudaErrorInvalidValue;
   }
   int32_t* const counts = static_cast<int32_t*>(workspace);
@@ -350,7 +352,19 @@ extern "C" cudaError_t dit_moe_route(const void* x, const void* gate, float* wei
                 static_cast<unsigned>(top_k)};
   }
   const Balance wanted{balance, static_cast<float>(balance_scale)};
-  const cudaError_t error = launch_place(ids, table, *plan, wanted, dispatch, num_slots, num_experts, stream);
+  const cudaError_t error =
+      launch_place(ids, table, plan, wanted, dispatch, num_slots, num_experts, overlaps && num_tokens > 0, stream);
   if (error != cudaSuccess || rows == nullptr || at_once) return error;
-  return dit_moe_permute(x, plan->row_to_slot, plan->slot_to_row, rows, num_tokens, depth, top_k, dtype, stream);
+  return dit_moe_permute(x, plan.row_to_slot, plan.slot_to_row, rows, num_tokens, depth, top_k, dtype, stream);
+}
+
+}  // namespace dit_moe
+
+extern "C" cudaError_t dit_moe_route(const void* x, const void* gate, float* weights, int32_t* ids, float* probs,
+                                     float* balance, const DitMoePlan* plan, void* rows, void* workspace,
+                                     int64_t num_tokens, int64_t depth, int64_t num_experts, int64_t top_k,
+                                     double balance_scale, DitMoeDtype dtype, DitMoeDtype gate_dtype,
+                                     cudaStream_t stream) {
+  return dit_moe::route(x, gate, weights, ids, probs, balance, *plan, rows, workspace, num_tokens, depth, num_experts,
+                        top_k, balance_scale, dtype, gate_dtype, false, stream);
 }

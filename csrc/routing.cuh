@@ -47,9 +47,18 @@ struct Dispatch {
 // Whether that is possible: there must be few tokens.
 bool may_dispatch(const CountTable& table, int64_t num_experts);
 
-// From the counts to the plan, one launch. Id is int32_t or int64_t.
+// From the counts to the plan, one launch. Id is int32_t or int64_t. starts_early: before the kernel in front of it is
+// done; on Hopper.
 template <typename Id>
 cudaError_t launch_place(const Id* ids, const CountTable& table, const DitMoePlan& plan, const Balance& balance,
-                         const Dispatch& dispatch, int64_t num_slots, int64_t num_experts, cudaStream_t stream);
+                         const Dispatch& dispatch, int64_t num_slots, int64_t num_experts, bool starts_early,
+                         cudaStream_t stream);
+
+// dit_moe_route, see launch.h. overlaps: kernels may start before those in front of them are done; on Hopper, and if
+// there are few tokens, for those would be in each other's way.
+cudaError_t route(const void* x, const void* gate, float* weights, int32_t* ids, float* probs, float* balance,
+                  const DitMoePlan& plan, void* rows, void* workspace, int64_t num_tokens, int64_t depth,
+                  int64_t num_experts, int64_t top_k, double balance_scale, DitMoeDtype dtype, DitMoeDtype gate_dtype,
+                  bool overlaps, cudaStream_t stream);
 
 }  // namespace dit_moe

@@ -1,5 +1,6 @@
 // The routing plan: a stable counting sort of slots by expert in two launches, count and place; see launch.h. Where
 // there are few tokens, what places them can also copy them there.
+#include "early_start.cuh"
 #include "routing.cuh"
 
 namespace dit_moe {
@@ -46,28 +47,58 @@ __device__ __forceinline__ int32_t warp_prefix_sum(int32_t value, int lane) {
 
 // What every block knows of all experts before it places its slots.
 struct Experts {
+  int32_t before[kMaxPlanExperts];  // rows of the slots in front of this block's
   int32_t offset[kMaxPlanExperts + 1];
   int32_t tile_end[kMaxPlanExperts];  // tiles of the experts up to this one
   int32_t total[kMaxPlanExperts];
 };
 
-// Threads side by side read experts side by side; thread e < E returns its expert's sum over the table's rows below
-// `end`, in a fixed order.
-template <typename Value>
-__device__ __forceinline__ Value column_sum(const Value* __restrict__ table, int rows, int num_experts,
-                                            Value* scratch) {
-  const int thread = threadIdx.x, groups = kPlanThreads / num_experts;
-  const int group = thread / num_experts, expert = thread - group * num_experts;
-  Value sum{};
-  if (group < groups) {
-#pragma unroll 16
-    for (int row = group; row < rows; row += groups) sum += table[row * num_experts + expert];
+// Threads side by side read experts side by side, each every so many-th of the table's rows, in their order:
+// visit(row, value).
+template <typename Value, typename Visit>
+__device__ __forceinline__ void visit_table(const Value* __restrict__ table, int rows, int num_experts,
+                                            const Visit& visit) {
+  constexpr int batch = 8;  // loads under way together
+  const int groups = kPlanThreads / num_experts, group = threadIdx.x / num_experts;
+  const int expert = threadIdx.x - group * num_experts;
+  if (group >= groups) return;
+  for (int first = group; first < rows; first += batch * groups) {
+    Value values[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const int row = first + i * groups;
+      values[i] = row < rows ? table[row * num_experts + expert] : Value{};
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i) visit(first + i * groups, values[i]);
   }
+}
+
+// Sets before, to the sums over the rows below `first_range`, and total. Of whole numbers: the order does not matter.
+__device__ __forceinline__ void sum_counts(Experts& experts, const CountTable& table, int first_range,
+                                           int num_experts) {
+  const int thread = threadIdx.x;
+  if (thread < num_experts) experts.before[thread] = experts.total[thread] = 0;
+  int32_t before = 0, total = 0;
+  visit_table(table.counts, table.rows, num_experts, [&](int row, int32_t count) {
+    total += count;
+    before += row < first_range ? count : 0;
+  });
+  __syncthreads();
+  atomicAdd(&experts.total[thread % num_experts], total);
+  atomicAdd(&experts.before[thread % num_experts], before);
+  __syncthreads();
+}
+
+// Thread e < E returns its expert's sum of probabilities, in a fixed order.
+__device__ __forceinline__ float sum_probabilities(const CountTable& table, int num_experts, float* scratch) {
+  const int thread = threadIdx.x;
+  float sum = 0.0f, total = 0.0f;
+  visit_table(table.prob_sums, table.rows, num_experts, [&](int, float value) { sum += value; });
   scratch[thread] = sum;
   __syncthreads();
-  Value total{};
-  if (thread < num_experts) {
-    for (int g = 0; g < groups; ++g) total += scratch[g * num_experts + thread];
+  for (int i = thread; i < kPlanThreads / num_experts * num_experts && thread < num_experts; i += num_experts) {
+    total += scratch[i];
   }
   __syncthreads();
   return total;
@@ -144,16 +175,14 @@ __global__ void __launch_bounds__(kPlanThreads)
                  Balance balance, Dispatch dispatch, int64_t num_slots, int num_experts) {
   __shared__ Experts experts;
   __shared__ int32_t warp_rows[kWarps][kMaxPlanExperts];  // counts of each warp's slots, then its next rows
-  __shared__ int32_t scratch[kPlanThreads];
+  __shared__ float sums[kPlanThreads];
   __shared__ int32_t rows_here[kDispatches ? kChunk : 1];  // of this block's slots
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const int first_range = min(table.rows, static_cast<int>(blockIdx.x) * ranges);
 
-  const int32_t before = column_sum(table.counts, first_range, num_experts, scratch);
-  const int32_t after = column_sum(table.counts + static_cast<int64_t>(first_range) * num_experts,
-                                   table.rows - first_range, num_experts, scratch);
-  if (thread < num_experts) experts.total[thread] = before + after;
-  __syncthreads();
+  if (thread == 0) let_next_start();
+  wait_for_previous();
+  sum_counts(experts, table, first_range, num_experts);
   if (warp == 0) scan_experts(experts, num_experts, static_cast<int>(plan.tile_rows), lane);
   __syncthreads();
   write_tiles(experts, plan, num_tiles, num_experts);
@@ -166,9 +195,8 @@ __global__ void __launch_bounds__(kPlanThreads)
     if (balance.loss != nullptr && balance.scale == 0.0f) {
       if (thread == 0) *balance.loss = 0.0f;  // also where a probability is NaN
     } else if (balance.loss != nullptr) {
-      float* sums = reinterpret_cast<float*>(scratch);
-      const float sum = column_sum(table.prob_sums, table.rows, num_experts, sums);
-      if (thread < num_experts) sums[thread] = sum * static_cast<float>(before + after);
+      const float sum = sum_probabilities(table, num_experts, sums);
+      if (thread < num_experts) sums[thread] = sum * static_cast<float>(experts.total[thread]);
       __syncthreads();
       if (thread == 0) {
         float total = 0.0f;
@@ -179,7 +207,8 @@ __global__ void __launch_bounds__(kPlanThreads)
     return;
   }
 
-  int32_t next = thread < num_experts ? experts.offset[thread] + before : 0;  // this thread's expert's next row
+  int32_t next =
+      thread < num_experts ? experts.offset[thread] + experts.before[thread] : 0;  // this thread's expert's next row
   const int32_t used = experts.offset[num_experts];
   const int64_t end = min(num_slots, static_cast<int64_t>(first_range + ranges) * table.slots);
   for (int64_t start = static_cast<int64_t>(first_range) * table.slots; start < end; start += kChunk) {
@@ -240,7 +269,7 @@ cudaError_t launch_plan(const Id* ids, const DitMoePlan& plan, int32_t* counts, 
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   const CountTable table{counts, nullptr, static_cast<int>(ranges), static_cast<int>(slots)};
-  return launch_place(ids, table, plan, {}, {}, num_slots, num_experts, stream);
+  return launch_place(ids, table, plan, {}, {}, num_slots, num_experts, false, stream);
 }
 
 }  // namespace
@@ -253,7 +282,8 @@ bool may_dispatch(const CountTable& table, int64_t num_experts) {
 
 template <typename Id>
 cudaError_t launch_place(const Id* ids, const CountTable& table, const DitMoePlan& plan, const Balance& balance,
-                         const Dispatch& dispatch, int64_t num_slots, int64_t num_experts, cudaStream_t stream) {
+                         const Dispatch& dispatch, int64_t num_slots, int64_t num_experts, bool starts_early,
+                         cudaStream_t stream) {
   const bool dispatches = dispatch.x != nullptr;
   const int64_t whole_chunk = dispatches ? 1 : ceil_div(kChunk, table.slots);
   const int64_t ranges = std::max(whole_chunk, fewest_ranges(table));
@@ -263,14 +293,13 @@ cudaError_t launch_place(const Id* ids, const CountTable& table, const DitMoePla
   if constexpr (std::is_same_v<Id, int32_t>) {  // as the router gives them
     if (dispatches) kernel = place_kernel<Id, true>;
   }
-  kernel<<<static_cast<unsigned>(ceil_div(table.rows, ranges) + 1), kPlanThreads, 0, stream>>>(
-      ids, table, static_cast<int>(ranges), plan, num_tiles, balance, dispatch, num_slots,
-      static_cast<int>(num_experts));
-  return cudaGetLastError();
+  const dim3 blocks(static_cast<unsigned>(ceil_div(table.rows, ranges) + 1));
+  return launch_kernel(kernel, blocks, dim3(kPlanThreads), starts_early, stream, ids, table, static_cast<int>(ranges),
+                       plan, num_tiles, balance, dispatch, num_slots, static_cast<int>(num_experts));
 }
 
 template cudaError_t launch_place(const int32_t*, const CountTable&, const DitMoePlan&, const Balance&, const Dispatch&,
-                                  int64_t, int64_t, cudaStream_t);
+                                  int64_t, int64_t, bool, cudaStream_t);
 
 }  // namespace dit_moe
 

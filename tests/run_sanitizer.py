@@ -40,14 +40,15 @@ NORM_SIZES = [(2, 5, 72), (3, 7, 33), (1, 19, 384), (2, 3, 1152), (1, 2, 2104)]
 # images, tokens, heads, width; the last in pairs of blocks
 ATTENTION_SIZES = [(1, 128, 1, 72), (140, 256, 1, 64), (2, 384, 3, 88), (35, 512, 2, 72)]
 # tokens, experts, choices, widths: several tiles for each block of a product, alone and, where the width is large, in
-# pairs, some of whose tiles are split or half empty; in the third the gradient of SwiGLU too. The last two have few
-# rows an expert, so that without gradients tiles are narrow.
+# pairs, some of whose tiles are split or half empty; in the third the gradient of SwiGLU too. The last three have few
+# rows an expert, so that without gradients tiles are narrow; in the last kernels start while others are running.
 MANY_TILES = [
     (1200, 4, 2, 64, 1216),
     (1200, 8, 2, 512, 1216),
     (4200, 1, 1, 512, 1216),
     (400, 8, 2, 64, 1216),
     (400, 8, 2, 2304, 96),
+    (200, 8, 2, 512, 1216),
 ]
 HEAD_SIZES = [(2, 5, 3, 72), (1, 3, 2, 24), (1, 9, 5, 128)]  # images, tokens, heads, width
 

@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../early_start.cuh"
 #include "grouped_gemm.cuh"
 #include "problem.h"
 #include "tensor_map.cuh"
@@ -27,7 +28,7 @@ inline bool valid(const Problem& problem) {
          (problem.offsets != nullptr || problem.num_experts == 1);
 }
 
-// blocks: of a cluster. starts_early: see Problem.
+// blocks: of a cluster. starts_early: before the kernel in front of it is done.
 template <typename... Parameters>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int blocks, int threads, int shared_bytes,
                             bool starts_early, cudaStream_t stream, const Parameters&... arguments) {
@@ -39,10 +40,7 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int
     attributes[count].id = cudaLaunchAttributeClusterDimension;
     attributes[count++].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   }
-  if (starts_early) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
+  if (starts_early) attributes[count++] = early_start();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
   config.blockDim = dim3(threads);
@@ -55,9 +53,9 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int
 
 template <class Block>
 cudaError_t enqueue(const CUtensorMap& map_a, const CUtensorMap& map_b, const typename Block::Arguments& arguments,
-                    int64_t clusters, cudaStream_t stream, bool starts_early = false) {
+                    int64_t clusters, cudaStream_t stream, Start start = Start::kAfterPrevious) {
   return launch_clusters(grouped_gemm_kernel<Block>, clusters, Block::kCluster, kThreads<Block>,
-                         Block::Layout::kDynamicBytes, starts_early, stream, map_a, map_b, arguments);
+                         Block::Layout::kDynamicBytes, start != Start::kAfterPrevious, stream, map_a, map_b, arguments);
 }
 
 inline cudaError_t count_multiprocessors(int* count) {
@@ -103,7 +101,7 @@ cudaError_t launch(const Problem& problem) {
                                    static_cast<int>(problem.width),
                                    problem.rows};
   const int64_t clusters = std::min<int64_t>(ceil_div(tiles_m * tiles_n, C::kCluster), multiprocessors / C::kCluster);
-  return enqueue<Block<C>>(map_x, map_w, arguments, clusters, problem.stream, problem.starts_early);
+  return enqueue<Block<C>>(map_x, map_w, arguments, clusters, problem.stream, problem.start);
 }
 
 // The same for an element type known at run time.

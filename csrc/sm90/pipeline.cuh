@@ -7,6 +7,7 @@
 // both. Which tile is next is worked out ahead by a thread that has nothing else to do and read by all from a queue.
 #pragma once
 
+#include "../early_start.cuh"
 #include "epilogue.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
@@ -63,8 +64,10 @@ class Pipeline {
  public:
   // What a kind of block with a finishing warpgroup says otherwise: with finish(), it has four of 512 registers in all.
   static constexpr bool kFinishes = false;
-  // And what one says that may run beside the kernel in front of it or behind it, see Problem.
+  // And what one says that may run beside the kernels in front of it and behind it, see Start; and whether this one was
+  // started with the weights alone. It then lets the next kernel start only when it may read the offsets.
   static constexpr bool kOverlaps = false;
+  static __device__ __forceinline__ bool guesses() { return false; }
   static constexpr int kProducerRegisters = sm90::kProducerRegisters;
   static constexpr int kConsumerRegisters = sm90::kConsumerRegisters;
   static constexpr int kFinisherRegisters = 0;
@@ -184,6 +187,33 @@ class Pipeline {
     return early;
   }
 
+  // The same in two parts, where how many bytes the rows are is not known at first: `bytes` of weights,
+  template <typename Weights>
+  __device__ __forceinline__ void fill_with_weights(int steps, uint32_t bytes, const Weights& weights) const {
+    if (elect_one()) {
+      for (int step = 0; step < min(steps, L::kStages); ++step) {
+        barrier_expect(full(step), bytes);
+        weights(step, step);
+      }
+    }
+    __syncwarp();
+  }
+  // and then of rows.
+  template <typename Rows>
+  __device__ __forceinline__ int fill_with_rows(StageRing& ring, int steps, uint32_t bytes, const Rows& rows) const {
+    const int early = min(steps, L::kStages);
+    if (elect_one()) {
+      wait_for_previous();
+      for (int step = 0; step < early; ++step) {
+        barrier_arrive_expect(full(step), bytes);
+        rows(step, step);
+      }
+    }
+    __syncwarp();
+    for (int step = 0; step < early; ++step) ring.advance();
+    return early;
+  }
+
   // A consumer's part: multiply(stage, step) starts the products of a K step, prepare(step) comes before each, and the
   // calls beside(0) to beside(kPieces - 1) come beside the products of the first steps. The first consumer leads the
   // second by `lead` steps (0: not from here on), so that what they do between two tiles does not coincide.
@@ -273,7 +303,9 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   if (threadIdx.x == 0) {
     prefetch_map(&map_a);
     prefetch_map(&map_b);
-    if constexpr (Block::kOverlaps) let_next_start();
+    if constexpr (Block::kOverlaps) {
+      if (!block.guesses()) let_next_start();
+    }
     block.init_barriers(1 + kConsumerWarps + (Block::kFinishes ? kGroupThreads / 32 : 0));
   }
   if constexpr (Block::kCluster > 1) {

@@ -8,6 +8,15 @@
 
 namespace dit_moe::sm90 {
 
+// When a kernel may start. Early, it fetches what nobody may be writing any more, and waits before it touches x and
+// out. There must be rows in use: a kernel without any would not wait, and what comes behind it would find those in
+// front running.
+enum class Start {
+  kAfterPrevious,
+  kWithOffsets,  // while a grouped product in front of it is running: weights and offsets are there
+  kWithWeights,  // while the routing in front of it is running: the offsets are still to come
+};
+
 struct Problem {
   const void* x;           // (rows, depth)
   const void* w;           // (num_experts, columns, depth), or (num_experts, depth, columns) if transposed
@@ -15,14 +24,13 @@ struct Problem {
   void* out;               // (rows, width)
   int64_t rows, depth, width, num_experts;
   cudaStream_t stream;
-  // Whether the kernel may start while the one in front of it, a grouped product too, is still running. It then fetches
-  // weights and offsets at once, which nobody may be writing any more, and waits before it touches x and out. There
-  // must be rows in use: a kernel without any would not wait, and what comes behind it would find the one in front
-  // running.
-  bool starts_early = false;
+  Start start = Start::kAfterPrevious;
 };
 
 // dit_moe_grouped_gemm, see launch.h.
 cudaError_t grouped_gemm(const Problem& problem, DitMoeDtype dtype);
+
+// dit_moe_grouped_swiglu without h, see launch.h. It starts with the weights only where the rows are few.
+cudaError_t grouped_swiglu(const Problem& problem, DitMoeDtype dtype);
 
 }  // namespace dit_moe::sm90

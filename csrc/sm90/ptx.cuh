@@ -12,15 +12,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- kernels behind one another
-
-// The next kernel may start, as soon as all blocks have said so, if it was launched to start early.
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// Until the kernels in front of this one are done and what they wrote can be seen, if this one was launched to start
-// early; otherwise they are.
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // ---- mbarriers: a wait for parity p returns once the phase of that parity is complete
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -83,6 +74,11 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t
       "}\n" ::"r"(barrier),
       "r"(rank)
       : "memory");
+}
+
+// The phase then also waits for `bytes` of bulk copies; it needs its arrival besides.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 // One arrival, and the phase then also waits for `bytes` of bulk copies.

@@ -63,6 +63,7 @@ struct SwiGLUArguments {
   int width;  // columns of out, or half of them
   int64_t rows;
   DSwiGLUTensors dswiglu;
+  bool guesses;  // see Pipeline
 };
 
 template <class C>
@@ -78,6 +79,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   static constexpr int kCluster = C::kCluster;
   static constexpr bool kFinishes = C::kFinishes;
   static constexpr bool kOverlaps = C::kEpilogue == Epilogue::kSwiGLU || C::kEpilogue == Epilogue::kStore;
+  static constexpr bool kGuesses = C::kEpilogue == Epilogue::kSwiGLU && C::kTileN <= kWidestNarrow;
   static constexpr int kProducerRegisters = kFinishes ? 32 : 40;  // the schedule's share too
   static constexpr int kConsumerRegisters = kFinishes ? 144 : 232;
   static constexpr int kFinisherRegisters = 512 - kProducerRegisters - 2 * kConsumerRegisters;
@@ -88,10 +90,19 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     steps_ = (arguments.depth + kTileK - 1) / kTileK;
   }
 
+  __device__ __forceinline__ bool guesses() const { return kGuesses && arguments_.guesses; }
+
   // A warp's first thread.
   __device__ __forceinline__ void schedule() const {
     if (threadIdx.x % 32 != 0) return;
     const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
+    if (guesses()) {
+      wait_for_previous();
+      let_next_start();
+      ItemScheduler scheduler(arguments_.offsets, arguments_.num_experts, tiles_n, blockIdx.x, gridDim.x);
+      this->template announce<Tile>([&](Tile& tile) { return scheduler.next(tile); });
+      return;
+    }
     TileScheduler<C::kCluster> scheduler(arguments_.offsets, arguments_.rows, arguments_.num_experts, tiles_n,
                                          C::kGroupM, blockIdx.x / C::kCluster, gridDim.x / C::kCluster);
     this->template announce<Tile>([&](Tile& tile) { return scheduler.next(rank(), tile); });
@@ -102,12 +113,20 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     QueueRing queue;
     typename Base::StageRing ring;
     Tile tile;
+    if constexpr (kGuesses) {
+      if (guesses()) {
+        ItemScheduler::place(blockIdx.x, (arguments_.width + C::kColumns - 1) / C::kColumns, tile);
+        this->fill_with_weights(steps_, C::kBytesB, [&](int stage, int step) { copy_weights(stage, tile, step); });
+      }
+    }
     for (bool first = true; this->next_tile(queue, tile); first = false) {
       const uint32_t bytes = Layout::kStageBytes - (half_empty(tile) ? C::kRowBoxBytes : 0);
       if constexpr (kOverlaps) {
         const auto weights = [&](int stage, int step) { copy_weights(stage, tile, step); };
         const auto rows = [&](int stage, int step) { copy_rows(stage, tile, step); };
-        const int started = first ? this->fill_early(ring, steps_, bytes, weights, rows) : 0;
+        const int started = !first      ? 0
+                            : guesses() ? this->fill_with_rows(ring, steps_, bytes - C::kBytesB, rows)
+                                        : this->fill_early(ring, steps_, bytes, weights, rows);
         const auto both = [&](int stage, int step) {
           rows(stage, step);
           weights(stage, step);

@@ -35,7 +35,10 @@ cudaError_t launch_configuration(const SwiGLUProblem& problem, int multiprocesso
   error = make_map(&map_b, product.w, is_bf16, C::kTransposed ? columns : product.depth,
                    C::kTransposed ? product.depth : columns, product.num_experts, C::kBoxRows);
   if (error != cudaSuccess) return error;
-  const int64_t clusters = std::min<int64_t>(tiles_m * tiles_n, multiprocessors / C::kCluster);
+  const bool guesses = product.start == Start::kWithWeights;
+  if (guesses && !SwiGLUBlock<C>::kGuesses) return cudaErrorInvalidValue;
+  const int64_t tiles = (guesses ? product.num_experts : tiles_m) * tiles_n;
+  const int64_t clusters = std::min<int64_t>(tiles, multiprocessors / C::kCluster);
   const SwiGLUArguments arguments{product.offsets,
                                   product.out,
                                   problem.h,
@@ -43,8 +46,9 @@ cudaError_t launch_configuration(const SwiGLUProblem& problem, int multiprocesso
                                   static_cast<int>(product.depth),
                                   static_cast<int>(product.width),
                                   product.rows,
-                                  problem.gradients};
-  return enqueue<SwiGLUBlock<C>>(map_a, map_b, arguments, clusters, product.stream, product.starts_early);
+                                  problem.gradients,
+                                  guesses};
+  return enqueue<SwiGLUBlock<C>>(map_a, map_b, arguments, clusters, product.stream, product.start);
 }
 
 template <typename Element, Epilogue kEpilogue, int kTileN>

@@ -20,6 +20,9 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // alone on narrow tiles of kTileM rows, so that all multiprocessors fetch.
 inline bool few_rows(int64_t rows, int64_t num_experts) { return rows <= kTileM * num_experts; }
 
+// Whether so few that nearly every expert has one tile of them in each column.
+inline bool very_few_rows(int64_t rows, int64_t num_experts) { return 2 * rows <= kTileM * num_experts; }
+
 constexpr int kWidestNarrow = 128;
 constexpr int kNarrowSwiGLU = 96;  // columns of the product, half of them gate; 64 to 192 are within 4 % of the best
 
