@@ -84,5 +84,5 @@ _HOPPER = {
     "store": GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=3, persistent=True),
     "swiglu": GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=4, persistent=True, gather=False),
     "dswiglu": GemmConfig(block_n=128, block_k=64, num_warps=8, num_stages=3, max_registers=128),
-    "dw": GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4),
+    "dw": GemmConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, group_m=16),
 }
