@@ -138,10 +138,9 @@ def _ours(backend: str) -> Callable[[_Inputs, str], _Ops]:
         reason = ops.availability(backend, device)
         if reason is not None:
             raise Unavailable(reason)
-        planner = "triton" if ops.availability("triton", device) is None else "auto"
         experts = inputs.shape.num_experts
         return _Ops(
-            lambda: ops.make_routing_plan(inputs.ids, experts, validate=False, backend=planner).row_to_slot,
+            lambda: ops.make_routing_plan(inputs.ids, experts, validate=False, backend=backend).row_to_slot,
             lambda x: ops.permute(x, inputs.plan, backend=backend),
             lambda y, weights: ops.unpermute(y, inputs.plan, weights, backend=backend),
         )
