@@ -21,8 +21,13 @@ BEGIN, END = "<!-- tables: begin, written by benchmarks.tables -->", "<!-- table
 
 
 def markdown(folder: Path) -> str:
-    """All tables for which the folder has results, and the one of FLOPs, which needs none."""
-    parts = [_flops_table()]
+    """The table of FLOPs, and those of the folder's results and of its folders', which are other machines'."""
+    folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    return "\n\n".join([_flops_table(), *(part for each in folders for part in _of_machine(each))])
+
+
+def _of_machine(folder: Path) -> list[str]:
+    parts = []
     for suite, unit, tabulate in (("moe_layer", "tokens", _by_tokens), ("grouped_gemm", "tokens", _by_tokens)):
         rows, runs = results.load(folder, suite)
         parts += [f"### {suite}, {_machine(runs)}", *tabulate(rows, unit)] if rows else []
@@ -32,7 +37,7 @@ def markdown(folder: Path) -> str:
     for suite in ("permute", "memory", "startup"):
         rows, runs = results.load(folder, suite)
         parts += [f"### {suite}, {_machine(runs)}", _flat(rows)] if rows else []
-    return "\n\n".join(parts)
+    return parts
 
 
 def replace_between_markers(text: str, tables: str) -> str:
