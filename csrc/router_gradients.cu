@@ -256,7 +256,8 @@ extern "C" cudaError_t dit_moe_router_gradients(const float* dlogits, const void
   if (!valid_router(x, gate, num_tokens, depth, num_experts, dtype, gate_dtype) || depth > max_depth) {
     return cudaErrorInvalidValue;
   }
-  if (rows != nullptr && (slot_to_row == nullptr || top_k < 1 || !fits_in_31_bits(num_tokens * top_k))) {
+  if (rows != nullptr &&
+      (slot_to_row == nullptr || top_k < 1 || top_k > num_experts || !fits_in_31_bits(num_tokens * top_k))) {
     return cudaErrorInvalidValue;
   }
   for (const void* matrix : {rows, const_cast<const void*>(dx), static_cast<const void*>(parts)}) {

@@ -271,6 +271,25 @@ def test_wrong_arguments_of_the_routing_are_refused(op, wrong):
 
 
 @needs_extension
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {8: -1}, {8: 2**31}, {9: 0}, {9: 6}, {9: 2**27}, {10: 0}, {10: 65}, {11: 0}, {11: 5}, {8: 2**30, 11: 4},
+        {12: BAD_DTYPE}, {13: BFLOAT16}, {1: 8}, {2: 8}, {3: 8}, {4: 0}, {5: 8}, {7: 8},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_arguments_of_the_routers_gradients_are_refused(wrong):
+    """By their places; with rows of up to as many choices as there are experts, 4."""
+    given = [0, 0, 0, 16, 16, 0, 0, 0, 0, 8, 4, 1, FLOAT32, FLOAT32, 0]
+    cuda_impl.extension().router_gradients(*given)
+    for place, value in wrong.items():
+        given[place] = value
+    with pytest.raises(RuntimeError, match=r"^router_gradients: CUDA error 1 \(cudaErrorInvalidValue\)"):
+        cuda_impl.extension().router_gradients(*given)
+
+
+@needs_extension
 @pytest.mark.parametrize("op", ["router_logits", "route"])
 @pytest.mark.parametrize("place", [0, 1])
 def test_tokens_and_gate_of_the_router_must_be_aligned(op, place):
