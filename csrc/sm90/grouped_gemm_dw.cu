@@ -88,9 +88,9 @@ extern "C" cudaError_t dit_moe_grouped_gemm_dw(const void* grad, const void* x, 
   const WeightProblem problem{grad,        x,        expert_offsets,  dw,    num_rows, height, width,
                               num_experts, is_float, accumulate != 0, stream};
   if (!valid(problem) || !(is_float || dw_dtype == dtype)) return cudaErrorInvalidValue;
-  if (num_rows == 0) {  // there may be no memory that a descriptor could name
-    if (accumulate) return cudaSuccess;
+  return with_element(dtype, [&](auto element) {
+    if (num_rows > 0) return launch_element<decltype(element)>(problem);
+    if (accumulate) return cudaSuccess;  // there may be no memory that a descriptor could name
     return cudaMemsetAsync(dw, 0, static_cast<size_t>(num_experts * height * width) * (is_float ? 4 : 2), stream);
-  }
-  return with_element(dtype, [&](auto element) { return launch_element<decltype(element)>(problem); });
+  });
 }

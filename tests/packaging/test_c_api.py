@@ -250,6 +250,14 @@ def test_sums_of_weight_gradients_are_fp32_or_of_the_same_dtype(dtype, sum_dtype
         cuda_impl.extension().grouped_gemm_dw(*sizes, sum_dtype, dtype, 0)
 
 
+@needs_products
+@pytest.mark.parametrize("dtype", [FLOAT32, BAD_DTYPE])
+def test_weight_gradients_of_other_dtypes_are_refused_without_rows_too(dtype):
+    *sizes, _, _, _ = arguments("grouped_gemm_dw", rows=0)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        cuda_impl.extension().grouped_gemm_dw(*sizes, FLOAT32, dtype, 0)
+
+
 @needs_extension
 @pytest.mark.parametrize(
     "op, wrong",
