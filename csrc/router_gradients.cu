@@ -33,18 +33,17 @@ struct Arguments {
   int depth, num_experts, top_k, num_parts;
 };
 
-// Neighbouring elements as floats, kCount of them in whole words of 16 bytes or, of a narrow type, in part of one.
+// Neighbouring elements as floats, in whole words of 16 bytes.
 template <int kCount, typename T>
 __device__ __forceinline__ void load_floats(const T* address, float (&values)[kCount]) {
-  constexpr int bytes = kCount * sizeof(T), step = bytes < 16 ? bytes : 16;
-  static_assert(bytes % step == 0 && (step == 16 || step == 8), "words");
-  using Word = std::conditional_t<step == 16, uint4, uint2>;
+  static_assert(kCount * sizeof(T) % kWideBytes == 0, "whole words");
+  uint4 words[kCount * sizeof(T) / kWideBytes];
   T elements[kCount];
 #pragma unroll
-  for (int i = 0; i < bytes / step; ++i) {
-    const Word word = __ldg(reinterpret_cast<const Word*>(address) + i);
-    memcpy(reinterpret_cast<char*>(elements) + i * step, &word, step);
+  for (unsigned i = 0; i < kCount * sizeof(T) / kWideBytes; ++i) {
+    words[i] = __ldg(reinterpret_cast<const uint4*>(address) + i);
   }
+  memcpy(elements, words, sizeof(words));
 #pragma unroll
   for (int i = 0; i < kCount; ++i) values[i] = to_float(elements[i]);
 }

@@ -121,8 +121,8 @@ cudaError_t dit_moe_router_logits(const void* x, const void* gate, float* logits
                                   int64_t num_experts, DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream);
 
 // Gradients of the above for x and for the gate, in fp32: dx = each token's rows + dlogits gate, dgate = dlogits^T x.
-// The rows and slot_to_row, dx or dgate may be NULL; parts is only needed for the latter. D is at most 2^26, K at most
-// E.
+// The rows and slot_to_row, dx or dgate may be NULL; parts is only needed for the latter. D is at most 2^26, and K is
+// at most E.
 //   dlogits (T, E) fp32, x (T, D), rows (N, D) dtype, slot_to_row (T * K,) int32, -1 for none, gate (E, D) gate_dtype
 //   -> dx (T, D) dtype, dgate (E, D) gate_dtype; parts (DIT_MOE_ROUTER_PARTS, E, D) fp32 is workspace
 enum { DIT_MOE_ROUTER_PARTS = 256 };
