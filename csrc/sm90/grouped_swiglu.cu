@@ -4,12 +4,8 @@
 namespace dit_moe::sm90 {
 
 cudaError_t grouped_swiglu(const Problem& problem, DitMoeDtype dtype) {
-  Problem started = problem;
-  if (problem.start == Start::kWithWeights && !very_few_rows(problem.rows, problem.num_experts)) {
-    started.start = Start::kAfterPrevious;
-  }
-  if (few_rows(problem.rows, problem.num_experts)) return launch<Epilogue::kSwiGLU, kNarrowSwiGLU>({started}, dtype);
-  return launch<Epilogue::kSwiGLU, 256>({started}, dtype);
+  if (few_rows(problem.rows, problem.num_experts)) return launch<Epilogue::kSwiGLU, kNarrowSwiGLU>({problem}, dtype);
+  return launch<Epilogue::kSwiGLU, 256>({problem}, dtype);
 }
 
 }  // namespace dit_moe::sm90

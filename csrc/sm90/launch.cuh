@@ -54,6 +54,8 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int
 template <class Block>
 cudaError_t enqueue(const CUtensorMap& map_a, const CUtensorMap& map_b, const typename Block::Arguments& arguments,
                     int64_t clusters, cudaStream_t stream, Start start = Start::kAfterPrevious) {
+  if (start == Start::kWithOffsets && !Block::kOverlaps) return cudaErrorInvalidValue;
+  if (start == Start::kWithWeights && !Block::kGuesses) return cudaErrorInvalidValue;
   return launch_clusters(grouped_gemm_kernel<Block>, clusters, Block::kCluster, kThreads<Block>,
                          Block::Layout::kDynamicBytes, start != Start::kAfterPrevious, stream, map_a, map_b, arguments);
 }

@@ -64,9 +64,10 @@ class Pipeline {
  public:
   // What a kind of block with a finishing warpgroup says otherwise: with finish(), it has four of 512 registers in all.
   static constexpr bool kFinishes = false;
-  // And what one says that may run beside the kernels in front of it and behind it, see Start; and whether this one was
-  // started with the weights alone. It then lets the next kernel start only when it may read the offsets.
+  // And what one says that may run beside the kernels in front of it and behind it, see Start; one that can start with
+  // the weights alone; and whether it was. It then lets the next kernel start only when it may read the offsets.
   static constexpr bool kOverlaps = false;
+  static constexpr bool kGuesses = false;
   static __device__ __forceinline__ bool guesses() { return false; }
   static constexpr int kProducerRegisters = sm90::kProducerRegisters;
   static constexpr int kConsumerRegisters = sm90::kConsumerRegisters;

@@ -30,7 +30,7 @@ struct Problem {
 // dit_moe_grouped_gemm, see launch.h.
 cudaError_t grouped_gemm(const Problem& problem, DitMoeDtype dtype);
 
-// dit_moe_grouped_swiglu without h, see launch.h. It starts with the weights only where the rows are few.
+// dit_moe_grouped_swiglu without h, see launch.h. It can start with the weights where the rows are few.
 cudaError_t grouped_swiglu(const Problem& problem, DitMoeDtype dtype);
 
 }  // namespace dit_moe::sm90

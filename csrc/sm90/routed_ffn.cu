@@ -95,11 +95,12 @@ extern "C" cudaError_t dit_moe_routed_ffn_products(const void* x, const void* ga
   w.plan.slot_to_row = slot_to_row;
   const int64_t num_rows = num_tokens * top_k;
   const int32_t* const offsets = w.plan.expert_offsets;
-  cudaError_t error =
-      dit_moe::route(x, gate, weights, w.ids, probs, nullptr, w.plan, rows, w.routing, num_tokens, depth, num_experts,
-                     top_k, 0.0, dtype, gate_dtype, very_few_rows(num_rows, num_experts), stream);
+  const bool overlaps = very_few_rows(num_rows, num_experts);
+  cudaError_t error = dit_moe::route(x, gate, weights, w.ids, probs, nullptr, w.plan, rows, w.routing, num_tokens,
+                                     depth, num_experts, top_k, 0.0, dtype, gate_dtype, overlaps, stream);
   if (error != cudaSuccess) return error;
-  const Problem up{rows, w13, offsets, activation, num_rows, depth, hidden, num_experts, stream, Start::kWithWeights};
+  const Start start = overlaps ? Start::kWithWeights : Start::kAfterPrevious;
+  const Problem up{rows, w13, offsets, activation, num_rows, depth, hidden, num_experts, stream, start};
   error = grouped_swiglu(up, dtype);
   if (error != cudaSuccess) return error;
   const Problem down{activation, w2, offsets, rows, num_rows, hidden, depth, num_experts, stream, Start::kWithOffsets};

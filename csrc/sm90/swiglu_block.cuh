@@ -95,7 +95,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   // A warp's first thread.
   __device__ __forceinline__ void schedule() const {
     if (threadIdx.x % 32 != 0) return;
-    const int tiles_n = (arguments_.width + C::kColumns - 1) / C::kColumns;
+    const int tiles_n = column_tiles();
     if (guesses()) {
       wait_for_previous();
       let_next_start();
@@ -115,7 +115,7 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
     Tile tile;
     if constexpr (kGuesses) {
       if (guesses()) {
-        ItemScheduler::place(blockIdx.x, (arguments_.width + C::kColumns - 1) / C::kColumns, tile);
+        ItemScheduler::place(blockIdx.x, column_tiles(), tile);
         this->fill_with_weights(steps_, C::kBytesB, [&](int stage, int step) { copy_weights(stage, tile, step); });
       }
     }
@@ -193,6 +193,8 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
 
  private:
   using Finished = DSwiGLUTile<Element, C::kSegments>;
+
+  __device__ __forceinline__ int column_tiles() const { return (arguments_.width + C::kColumns - 1) / C::kColumns; }
 
   // more: whether there is another tile. Otherwise this one has no rows.
   __device__ __forceinline__ Finished next_finished(QueueRing& queue, bool& more) const {

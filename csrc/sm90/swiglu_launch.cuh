@@ -36,7 +36,6 @@ cudaError_t launch_configuration(const SwiGLUProblem& problem, int multiprocesso
                    C::kTransposed ? product.depth : columns, product.num_experts, C::kBoxRows);
   if (error != cudaSuccess) return error;
   const bool guesses = product.start == Start::kWithWeights;
-  if (guesses && !SwiGLUBlock<C>::kGuesses) return cudaErrorInvalidValue;
   const int64_t tiles = (guesses ? product.num_experts : tiles_m) * tiles_n;
   const int64_t clusters = std::min<int64_t>(tiles, multiprocessors / C::kCluster);
   const SwiGLUArguments arguments{product.offsets,
