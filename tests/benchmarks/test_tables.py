@@ -65,6 +65,15 @@ def test_tables(folder: Path) -> None:
     assert "| `ours-triton` | 16 | 20.00 (eager) | 800 | 500.0 | 400 | 7.81 |" in text
 
 
+def test_other_machines_lie_in_the_folders_folders(folder: Path) -> None:
+    rows, runs = results.load(folder, "model")
+    results.save(folder / "other", "model", rows[:1], [{**runs[0], "gpu": {"name": "Another GPU"}}])
+    (folder / "experiments").mkdir()
+    text = tables.markdown(folder)
+    assert text.count("### model, ") == 2 and "### model, Another GPU, torch 2.11.0, 2026-11-23" in text
+    assert text.count("### moe_layer, ") == 1 and text.count("| DiT-MoE-S/2-8E2A |") == 1
+
+
 def test_flops_table_is_the_papers(folder: Path) -> None:
     """arXiv 2407.11633, table 1: total and activated parameters (M), 'Gflops'."""
     text = tables.markdown(folder)

@@ -71,12 +71,14 @@ const char* failure_of_items(const Case& c) {
     ItemScheduler scheduler(c.offsets.data(), num_experts, c.columns, block, c.clusters);
     Tile tile, expected;
     ItemScheduler::place(block, c.columns, expected);
-    for (bool first = true; scheduler.next(tile); first = false) {
+    bool first = true;
+    for (; scheduler.next(tile); first = false) {
       if (first && (tile.expert != expected.expert || tile.column != expected.column)) return "a first tile elsewhere";
       if (tile.row < c.offsets[tile.expert] || tile.end != c.offsets[tile.expert + 1]) return "an item out of place";
       if (tile.low != (tile.end - tile.row <= kTileM / 2)) return "an item of the wrong height";
       for (int row = tile.row; row < min(tile.end, tile.row + kTileM); ++row) ++visits[row * c.columns + tile.column];
     }
+    if (first) return "a block without a tile";
   }
   const bool once = std::all_of(visits.begin(), visits.end(), [](int count) { return count == 1; });
   return once ? nullptr : "a row meets a column of an item not exactly once";
