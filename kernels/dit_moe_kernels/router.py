@@ -70,6 +70,17 @@ def _implementation(backend: str) -> Any:
     return routing
 
 
+def _gradients_of(backend: str) -> Any:
+    """router_gradients of "triton" or "cuda"."""
+    if backend == "triton":
+        from .triton_impl import router_gradients
+
+        return router_gradients.router_gradients
+    from .cuda_impl import routing
+
+    return routing.router_gradients
+
+
 # ---- router_logits
 
 
@@ -125,17 +136,15 @@ def _gradients_impl(
     wants_dgate: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "cuda":
-        from .cuda_impl import routing as kernels
-
-        grad, x, gate = grad.contiguous(), x.contiguous(), gate.contiguous()
-        rows = None if rows is None else rows.contiguous()
-        dx, dgate = kernels.router_gradients(grad, x, gate, rows, slot_to_row, wants_dx, wants_dgate)
-    else:  # Triton has no kernel for it: PyTorch's products
+    if backend == "reference":
         addend = None
         if wants_dx and rows is not None and slot_to_row is not None and x.shape[0]:
             addend = run_unpermute(rows, None, slot_to_row, slot_to_row.shape[0] // x.shape[0], backend)
         dx, dgate = reference.router_gradients(grad, x, gate, addend, wants_dx, wants_dgate)
+    else:
+        grad, x, gate = grad.contiguous(), x.contiguous(), gate.contiguous()
+        rows = None if rows is None else rows.contiguous()
+        dx, dgate = _gradients_of(backend)(grad, x, gate, rows, slot_to_row, wants_dx, wants_dgate)
     return x.new_empty(0) if dx is None else dx, gate.new_empty(0) if dgate is None else dgate
 
 

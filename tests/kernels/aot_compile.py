@@ -24,6 +24,7 @@ from dit_moe_kernels.triton_impl import (
     permute,
     qk_norm,
     router,
+    router_gradients,
     routing,
     swiglu,
     updates,
@@ -112,8 +113,10 @@ def launch_everything(dtype: torch.dtype) -> None:
             expert_ffn.expert_ffn(x, w13, w2, weights, *maps, save_h)
         expert_ffn.expert_ffn_backward(grad, h, x, w13, w2, weights, *maps)
         routing.routing_plan(ids, 4, tile_rows)
-        probs = torch.zeros(tokens, 4)
-        router.router_logits(x, torch.zeros(4, width, dtype=dtype))
+        probs, gate = torch.zeros(tokens, 4), torch.zeros(4, width, dtype=dtype)
+        router.router_logits(x, gate)
+        for added, k_rows in ((None, None), (y, plan.slot_to_row)):
+            router_gradients.router_gradients(probs, x, gate, added, k_rows, True, True)
         router.topk_softmax(probs, 2)
         router.topk_softmax_backward(weights, probs, ids, probs)
         by_image, by_step, by_patch = (

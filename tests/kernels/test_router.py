@@ -127,7 +127,7 @@ def test_rows_are_added_to_the_gradient(target, shape):
     check_rows_in_gradient(target, *shape)
 
 
-@pytest.mark.parametrize("target", gpu_targets("cuda", dtypes=[BF16, FP16, FP32]))
+@pytest.mark.parametrize("target", gpu_targets("triton", "cuda", dtypes=[BF16, FP16, FP32]))
 @pytest.mark.parametrize("shape", [(4096, 8, 1152, 2), (3001, 60, 384, 4), (20000, 16, 2304, 2)], ids=str)
 def test_rows_of_a_model_are_added_to_the_gradient(target, shape):
     check_rows_in_gradient(target, *shape)
