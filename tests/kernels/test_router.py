@@ -121,7 +121,9 @@ def test_fp32_gate_of_a_16_bit_model(target):
     check_router_logits(target, 4096, 8, 1152, gate_dtype=FP32)
 
 
-@pytest.mark.parametrize("shape", [(37, 4, 72, 2), (5, 9, 33, 1), (130, 3, 40, 3), (1, 16, 264, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(37, 4, 72, 2), (5, 9, 33, 1), (130, 3, 40, 3), (1, 16, 264, 8), (0, 4, 40, 2), (33, 130, 40, 2)], ids=str
+)
 @pytest.mark.parametrize("target", LOGIT_TARGETS)
 def test_rows_are_added_to_the_gradient(target, shape):
     check_rows_in_gradient(target, *shape)
@@ -135,8 +137,8 @@ def test_rows_of_a_model_are_added_to_the_gradient(target, shape):
 
 def check_rows_in_gradient(target, tokens: int, experts: int, width: int, top_k: int) -> None:
     """Rows in any order; those of some slots are missing, and hold no number."""
-    if target.backend == "cuda" and width % 8:
-        pytest.skip("the CUDA router reads rows of whole 16 bytes")
+    if target.backend == "cuda" and (width % 8 or experts > 64):
+        pytest.skip("the CUDA router reads rows of whole 16 bytes and has 64 experts at most")
     slots = tokens * top_k
     x, gate = randn(tokens, width, target=target), randn(experts, width, target=target)
     grad = torch.randn(tokens, experts, device=target.device, dtype=FP64 if target.dtype == FP64 else FP32)

@@ -13,6 +13,7 @@ from .dot import _dot_two_levels
 _BLOCK_R, _BLOCK_C = 16, 128  # tile of the gradient for x
 _BLOCK_T = 32  # tokens of a step of the gradient for the gate
 _PARTS = 64  # of the tokens, at most, which are added up side by side
+_MOST_EXPERTS = 64  # of a tile
 
 
 @triton.jit
@@ -64,13 +65,14 @@ def _router_dx_kernel(
             weight = tl.load(gate_ptr + expert * D + cols, mask=in_width, other=0.0).to(tl.float32)
             total += factor[:, None] * weight[None, :]
     else:
-        experts = tl.arange(0, BLOCK_E)
-        exists = experts < NUM_EXPERTS
-        places = dlogits_ptr + tokens[:, None] * NUM_EXPERTS + experts[None, :]
-        dlogits = tl.load(places, mask=in_range[:, None] & exists[None, :], other=0.0)
-        gate_mask = exists[:, None] & in_width[None, :]
-        gate = tl.load(gate_ptr + experts[:, None] * D + cols[None, :], mask=gate_mask, other=0.0)
-        total = _add_product(dlogits, gate, total)
+        for first in tl.static_range(0, NUM_EXPERTS, BLOCK_E):
+            experts = first + tl.arange(0, BLOCK_E)
+            exists = experts < NUM_EXPERTS
+            places = dlogits_ptr + tokens[:, None] * NUM_EXPERTS + experts[None, :]
+            dlogits = tl.load(places, mask=in_range[:, None] & exists[None, :], other=0.0)
+            gate_mask = exists[:, None] & in_width[None, :]
+            gate = tl.load(gate_ptr + experts[:, None] * D + cols[None, :], mask=gate_mask, other=0.0)
+            total = _add_product(dlogits, gate, total)
     mask = in_range[:, None] & in_width[None, :]
     tl.store(dx_ptr + tokens[:, None] * D + cols[None, :], total.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -91,6 +93,8 @@ def _router_dgate_kernel(
     """parts[p, e] = sum over the tokens t of part p of dlogits[t, e] x[t]."""
     part = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
+    if NUM_EXPERTS > BLOCK_E:
+        experts += tl.program_id(2) * BLOCK_E
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_E, BLOCK_C), dtype=tl.float32)
     for start in range(0, part_tokens, BLOCK_T):
@@ -134,15 +138,15 @@ def router_gradients(
             NUM_EXPERTS=num_experts,
             TOP_K=top_k,
             BLOCK_R=_BLOCK_R,
-            BLOCK_E=_padded(num_experts),
+            BLOCK_E=_expert_block(num_experts),
             BLOCK_C=_BLOCK_C,
         )
     return dx, _gate_gradient(dlogits, x, gate) if wants_dgate else None
 
 
-def _padded(num_experts: int) -> int:
-    """Experts of a tile, as many as a product on the tensor cores needs at least."""
-    return max(16, common.next_power_of_2(num_experts))
+def _expert_block(num_experts: int) -> int:
+    """Experts of a tile, no fewer than a product on the tensor cores needs."""
+    return min(max(16, common.next_power_of_2(num_experts)), _MOST_EXPERTS)
 
 
 def _gate_gradient(dlogits: Tensor, x: Tensor, gate: Tensor) -> Tensor:
@@ -151,7 +155,9 @@ def _gate_gradient(dlogits: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     num_parts = common.cdiv(num_tokens, max(part_tokens, 1))
     parts = dlogits.new_empty(num_parts, *gate.shape)
     if parts.numel():
-        _router_dgate_kernel[(num_parts, common.cdiv(gate.shape[1], _BLOCK_C))](
+        block_e = _expert_block(num_experts)
+        grid = (num_parts, common.cdiv(gate.shape[1], _BLOCK_C), common.cdiv(num_experts, block_e))
+        _router_dgate_kernel[grid](
             dlogits,
             x,
             parts,
@@ -160,7 +166,7 @@ def _gate_gradient(dlogits: Tensor, x: Tensor, gate: Tensor) -> Tensor:
             gate.shape[1],
             NUM_EXPERTS=num_experts,
             BLOCK_T=_BLOCK_T,
-            BLOCK_E=_padded(num_experts),
+            BLOCK_E=block_e,
             BLOCK_C=_BLOCK_C,
             num_warps=4,
         )
