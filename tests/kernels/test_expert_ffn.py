@@ -63,6 +63,22 @@ def test_expert_ffn(target, case):
     check_expert_ffn(target, case)
 
 
+@pytest.mark.parametrize("target", targets("triton"))
+def test_saturated_gates(target):
+    """Pre-activations in the hundreds: sigmoids of 0 and 1, nothing overflows, and the gradients keep their digits."""
+    case = CASES[0]
+    ids, plan = make_plan(case, target.device)
+    inputs = make_inputs(target, case)
+    inputs[1][:, : case.hidden] *= 128
+    check_against(
+        lambda *tensors: naive_expert_ffn(*tensors, ids),
+        lambda *tensors: expert_ffn(*tensors, plan, backend=target.backend),
+        NAMES,
+        inputs,
+        randn(case.tokens, case.width, target=target),
+    )
+
+
 def check_addend(target, case) -> None:
     """With an addend, all gradients to the 2x rule; it is added before the rounding."""
     ids, plan = make_plan(case, target.device)

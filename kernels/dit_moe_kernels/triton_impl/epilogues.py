@@ -106,7 +106,7 @@ def _store_dswiglu(
         aw_places = rows.to(tl.int64)[:, None] * F + cols[None, :]
         tl.store(aw_ptr + aw_places, (a * weights[:, None]).to(dtype), mask=mask)
         da = g * weights[:, None]
-        # d silu(gate) * up = s (1 + gate (1 - s)) up = s up + a - a s
-        tl.store(dh_ptr + h_places, (da * (up_share + a - a * share)).to(dtype), mask=mask)
+        # d silu(gate) * up = s (1 + gate (1 - s)) up = s up + a (1 - s)
+        tl.store(dh_ptr + h_places, (da * (up_share + a * (1.0 - share))).to(dtype), mask=mask)
         tl.store(dh_ptr + h_places + F, (da * (gate * share)).to(dtype), mask=mask)
     return dots
