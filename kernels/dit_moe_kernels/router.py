@@ -60,7 +60,7 @@ def resolve(backend: str, x: Tensor, gate: Tensor) -> str:
 
 
 def _implementation(backend: str) -> Any:
-    """The module with router_logits, topk_softmax and topk_softmax_backward of "triton" or "cuda"."""
+    """The module with router_logits, router_gradients, topk_softmax and its gradient of "triton" or "cuda"."""
     if backend == "triton":
         from .triton_impl import router
 
@@ -68,17 +68,6 @@ def _implementation(backend: str) -> Any:
     from .cuda_impl import routing
 
     return routing
-
-
-def _gradients_of(backend: str) -> Any:
-    """router_gradients of "triton" or "cuda"."""
-    if backend == "triton":
-        from .triton_impl import router_gradients
-
-        return router_gradients.router_gradients
-    from .cuda_impl import routing
-
-    return routing.router_gradients
 
 
 # ---- router_logits
@@ -144,7 +133,7 @@ def _gradients_impl(
     else:
         grad, x, gate = grad.contiguous(), x.contiguous(), gate.contiguous()
         rows = None if rows is None else rows.contiguous()
-        dx, dgate = _gradients_of(backend)(grad, x, gate, rows, slot_to_row, wants_dx, wants_dgate)
+        dx, dgate = _implementation(backend).router_gradients(grad, x, gate, rows, slot_to_row, wants_dx, wants_dgate)
     return x.new_empty(0) if dx is None else dx, gate.new_empty(0) if dgate is None else dgate
 
 

@@ -34,6 +34,35 @@ def _permute_kernel(
     tl.store(out_ptr + rows[:, None] * D + cols[None, :], x, mask=(rows < num_rows)[:, None] & in_width)
 
 
+@triton.jit
+def _sum_rows(
+    y_ptr,  # (N, D) io dtype
+    topk_weights_ptr,  # (T, K) fp32, if WEIGHTED
+    slot_to_row_ptr,  # (N,) int32, -1 for an unrouted slot
+    tokens,
+    in_range,
+    cols,
+    in_width,
+    D,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """(tokens, cols) fp32: the sum of each token's rows, in the order of k."""
+    total = tl.zeros((tokens.shape[0], cols.shape[0]), dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        slots = tokens * TOP_K + k
+        rows = tl.load(slot_to_row_ptr + slots, mask=in_range, other=-1).to(tl.int64)
+        routed = (rows >= 0)[:, None]
+        mask = routed & in_width[None, :]
+        y = tl.load(y_ptr + rows[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            # select, since an unrouted slot's weight may be anything, NaN included
+            weights = tl.load(topk_weights_ptr + slots, mask=in_range, other=0.0)
+            y = tl.where(routed, y * weights[:, None], 0.0)
+        total += y
+    return total
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _unpermute_kernel(
     y_ptr,  # (N, D) io dtype
@@ -52,20 +81,10 @@ def _unpermute_kernel(
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_range = tokens < num_tokens
-    in_width = (cols < D)[None, :]
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for k in tl.static_range(TOP_K):
-        slots = tokens * TOP_K + k
-        rows = tl.load(slot_to_row_ptr + slots, mask=in_range, other=-1).to(tl.int64)
-        routed = (rows >= 0)[:, None]
-        y = tl.load(y_ptr + rows[:, None] * D + cols[None, :], mask=routed & in_width, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            # select, since an unrouted slot's weight may be anything, NaN included
-            weights = tl.load(topk_weights_ptr + slots, mask=in_range, other=0.0)
-            y = tl.where(routed, y * weights[:, None], 0.0)
-        total += y
+    in_width = cols < D
+    total = _sum_rows(y_ptr, topk_weights_ptr, slot_to_row_ptr, tokens, in_range, cols, in_width, D, TOP_K, WEIGHTED)
     places = tokens[:, None] * D + cols[None, :]
-    mask = in_range[:, None] & in_width
+    mask = in_range[:, None] & in_width[None, :]
     if HAS_ADDEND:
         total += tl.load(addend_ptr + places, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import common
 from .dot import _dot_two_levels
+from .router_gradients import router_gradients as router_gradients
 
 _BLOCK_T = 32  # tokens of a program
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import common
 from .dot import _dot_two_levels
+from .permute import _sum_rows
 
 _BLOCK_R, _BLOCK_C = 16, 128  # tile of the gradient for x
 _BLOCK_T = 32  # tokens of a step of the gradient for the gate
@@ -54,11 +55,7 @@ def _router_dx_kernel(
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_range = tokens < num_tokens
     in_width = cols < D
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for k in tl.static_range(TOP_K):
-        rows = tl.load(slot_to_row_ptr + tokens * TOP_K + k, mask=in_range, other=-1).to(tl.int64)
-        mask = (rows >= 0)[:, None] & in_width[None, :]
-        total += tl.load(rows_ptr + rows[:, None] * D + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    total = _sum_rows(rows_ptr, None, slot_to_row_ptr, tokens, in_range, cols, in_width, D, TOP_K, False)
     if dx_ptr.dtype.element_ty == tl.float32:  # so few products that those of the tensor cores would show
         for expert in range(NUM_EXPERTS):
             factor = tl.load(dlogits_ptr + tokens * NUM_EXPERTS + expert, mask=in_range, other=0.0)
