@@ -40,16 +40,20 @@ NORM_SIZES = [(2, 5, 72), (3, 7, 33), (1, 19, 384), (2, 3, 1152), (1, 2, 2104)]
 # images, tokens, heads, width; the last in pairs of blocks
 ATTENTION_SIZES = [(1, 128, 1, 72), (140, 256, 1, 64), (2, 384, 3, 88), (35, 512, 2, 72)]
 # tokens, experts, choices, widths: several tiles for each block of a product, alone and, where the width is large, in
-# pairs, some of whose tiles are split or half empty; in the third the gradient of SwiGLU too. The last three have few
-# rows an expert, so that without gradients tiles are narrow; in the last kernels start while others are running.
+# pairs, some of whose tiles are split or half empty; in the third the gradient of SwiGLU too; in the fourth products
+# have three consumers. The last three have few rows an expert, so that without gradients tiles are narrow; in the last
+# kernels start while others are running.
 MANY_TILES = [
     (1200, 4, 2, 64, 1216),
     (1200, 8, 2, 512, 1216),
     (4200, 1, 1, 512, 1216),
+    (2200, 1, 1, 2304, 192),
     (400, 8, 2, 64, 1216),
     (400, 8, 2, 2304, 96),
     (200, 8, 2, 512, 1216),
 ]
+# height and width: with three consumers, and turned, with several tiles for each block
+WEIGHT_SIZES = [(184, 4904), (2456, 360)]
 HEAD_SIZES = [(2, 5, 3, 72), (1, 3, 2, 24), (1, 9, 5, 128)]  # images, tokens, heads, width
 
 
@@ -95,6 +99,16 @@ def run_many_tiles(dtype: torch.dtype) -> None:
         with torch.no_grad():
             routed_ffn(x, gate, w13, w2, top_k, backend="cuda")
         torch.cuda.synchronize()
+
+
+def run_weight_gradients(dtype: torch.dtype) -> None:
+    """Those that no layer above takes, of seven experts."""
+    offsets = torch.tensor([0, 100, 100, 163, 164, 300, 370, 400], device="cuda", dtype=torch.int32)
+    for height, width in WEIGHT_SIZES:
+        grad = torch.randn(410, height, device="cuda", dtype=dtype)
+        x = torch.randn(410, width, device="cuda", dtype=dtype)
+        torch.ops.dit_moe.grouped_gemm_dw(grad, x, offsets, "cuda")
+    torch.cuda.synchronize()
 
 
 def run_norms(dtype: torch.dtype, backend: str) -> None:
@@ -144,6 +158,7 @@ def main() -> int:
             if backend == "cuda" and dtype != torch.float32:
                 run_attention(dtype)
                 run_many_tiles(dtype)
+                run_weight_gradients(dtype)
         print(f"{backend}: {len(SIZES)} layers and {len(NORM_SIZES) + len(HEAD_SIZES)} norms in 3 dtypes")
     return missing
 

@@ -47,7 +47,8 @@ class AttentionBlock {
       for (int slot = 0; slot < C::kSlots; ++slot) {
         barrier_init(landed(slot), 1);
         barrier_init(normalised(slot), kGroupThreads / 32);
-        barrier_init(empty(slot), slot < C::kQuerySlots ? 2 * kGroupThreads : kConsumerWarps * arguments_.blocks);
+        barrier_init(empty(slot),
+                     slot < C::kQuerySlots ? 2 * kGroupThreads : 2 * kGroupThreads / 32 * arguments_.blocks);
       }
       barrier_init_fence();
     }

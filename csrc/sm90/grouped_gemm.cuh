@@ -2,8 +2,8 @@
 //
 // The instruction's rows are columns of W and its columns are rows of A ("tokens"): it takes 64 of the former at a
 // time, but any multiple of 8 of the latter, so a tile is as high as an expert's rows ask for. A block computes 128
-// columns of the product for up to 256 tokens; the two blocks of a cluster share the tokens or the weights of
-// neighbouring tiles.
+// columns of the product for up to 256 tokens, or 192 for up to 192; the two blocks of a cluster share the tokens or
+// the weights of neighbouring tiles.
 #pragma once
 
 #include "pipeline.cuh"
@@ -12,16 +12,18 @@
 
 namespace dit_moe::sm90 {
 
-template <typename Element_, bool kTransposed_>
+template <typename Element_, bool kTransposed_, int kGroups_>
 struct Config {
   using Element = Element_;
   static constexpr bool kTransposed = kTransposed_;  // W is (E, K, N) in memory instead of (E, N, K)
   static constexpr int kCluster = 2;
-  static constexpr int kColumns = 128;  // of a tile
+  static constexpr int kGroups = kGroups_;                                 // consumers, of which each has 64 columns
+  static constexpr int kColumns = 64 * kGroups;                            // of a tile
+  static constexpr int kHeight = kGroups == 2 ? kMaxHeight : kWideHeight;  // at most
   // W comes in boxes of 64 rows of 64 elements, one for each warpgroup, and tokens in boxes of as many.
   static constexpr int kBoxTokens = 64;
   static constexpr int kBoxBytes = 64 * kSwizzleBytes;
-  using Layout = SharedLayout<2 * kBoxBytes, kMaxHeight * kSwizzleBytes>;
+  using Layout = SharedLayout<kGroups * kBoxBytes, kHeight * kSwizzleBytes, kGroups>;
 };
 
 struct GroupedArguments {
@@ -45,8 +47,6 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   using Layout = typename C::Layout;
   static constexpr int kCluster = C::kCluster;
   static constexpr bool kOverlaps = !C::kTransposed;
-  static constexpr int kProducerRegisters = 40;  // its scheduler may have to look ahead to the next group
-  static constexpr int kConsumerRegisters = 232;
 
   __device__ __forceinline__ Block(const CUtensorMap& map_x, const CUtensorMap& map_w, const Arguments& arguments,
                                    uint32_t shared)
@@ -85,7 +85,7 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   }
 
   __device__ __forceinline__ void consume(int group) const {
-    float accumulators[kMaxHeight / 2];
+    float accumulators[C::kHeight / 2];
     QueueRing queue;
     typename Base::StageRing ring;
     TokenTile tile;
@@ -100,7 +100,8 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   __device__ __forceinline__ int choose_height(int tiles_n, int clusters) const {
     constexpr unsigned all = 0xffffffffu;
     const int lane = threadIdx.x % 32;
-    HeightEstimate estimate(height_limit(min(lane % 16, kHeightLimits - 1)), arguments_.depth);
+    const auto limit = [](int number) { return min(height_limit(min(number, kHeightLimits - 1)), C::kHeight); };
+    HeightEstimate estimate(limit(lane % 16), arguments_.depth);
     if (arguments_.offsets == nullptr) estimate.add(lane < 16 ? static_cast<int>(arguments_.rows) : 0);
     for (int first = 0; arguments_.offsets != nullptr && first < arguments_.num_experts; first += 32) {
       const int expert = first + lane;
@@ -115,19 +116,19 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     float least = time;
 #pragma unroll
     for (int lanes = 8; lanes > 0; lanes /= 2) least = fminf(least, __shfl_xor_sync(all, least, lanes));
-    return height_limit(__ffs(__ballot_sync(all, time <= kNearly * least)) - 1);
+    return limit(__ffs(__ballot_sync(all, time <= kNearly * least)) - 1);
   }
 
-  // The weights of both warpgroups; shared, each block copies those of one for both blocks.
+  // The weights of all warpgroups; shared, the blocks copy those of every second one for both.
   __device__ __forceinline__ void copy_weights(int stage, const TokenTile& tile, int step) const {
 #pragma unroll
-    for (int box = 0; box < 2; ++box) {
+    for (int box = 0; box < C::kGroups; ++box) {
       const uint32_t destination = stage_a(stage) + box * C::kBoxBytes;
       const int column = tile.column * C::kColumns + box * 64;
       const auto copy = [&](auto... coordinates) {
         if (tile.shared != Shared::kWeights) {
           copy_box(&map_w_, destination, full(stage), coordinates...);
-        } else if (box == rank()) {
+        } else if (box % 2 == rank()) {
           copy_box_multicast(&map_w_, destination, full(stage), kBoth, coordinates...);
         }
       };
@@ -156,19 +157,19 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   // The loop over K with the instruction of the tile's height.
   template <int kHeight>
   __device__ __forceinline__ void multiply_tile(int height, typename Base::StageRing& ring, int group,
-                                                float (&accumulators)[kMaxHeight / 2]) const {
+                                                float (&accumulators)[C::kHeight / 2]) const {
     if (height == kHeight) {
       this->drain(
           ring, steps_, group, 0, accumulators,
           [&](int stage, int step) { multiply<kHeight>(stage, group, step, accumulators); }, [](int) {});
-    } else if constexpr (kHeight < kMaxHeight) {
+    } else if constexpr (kHeight < C::kHeight) {
       multiply_tile<kHeight + kHeightStep>(height, ring, group, accumulators);
     }
   }
 
   template <int kHeight>
   __device__ __forceinline__ void multiply(int stage, int group, int step,
-                                           float (&accumulators)[kMaxHeight / 2]) const {
+                                           float (&accumulators)[C::kHeight / 2]) const {
     const uint64_t w = operand_descriptor(stage_a(stage) + group * C::kBoxBytes, 0);
     const uint64_t x = operand_descriptor(stage_b(stage), 0);
     constexpr int advance_w = C::kTransposed ? 16 * kSwizzleBytes : 32;  // 16 rows, or 16 elements
@@ -179,14 +180,14 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
     }
   }
 
-  __device__ __forceinline__ void store(const TokenTile& tile, int group, const float (&acc)[kMaxHeight / 2]) const {
-    uint32_t pairs[kMaxHeight / 4];  // of neighbouring tokens; see store_tokens
+  __device__ __forceinline__ void store(const TokenTile& tile, int group, const float (&acc)[C::kHeight / 2]) const {
+    uint32_t pairs[C::kHeight / 4];  // of neighbouring tokens; see store_tokens
 #pragma unroll
-    for (int i = 0; i < kMaxHeight / 4; ++i) pairs[i] = round_pair<Element>(acc[2 * i], acc[2 * i + 1]);
+    for (int i = 0; i < C::kHeight / 4; ++i) pairs[i] = round_pair<Element>(acc[2 * i], acc[2 * i + 1]);
     const int64_t width = arguments_.width;
     const int column = tile.column * C::kColumns + group * 64;
     Element* const out = static_cast<Element*>(arguments_.out) + tile.row * width + column;
-    store_tokens<Element, kMaxHeight>(this->group_staging(group), group, out, width, tile.rows,
+    store_tokens<Element, C::kHeight>(this->group_staging(group), group, out, width, tile.rows,
                                       arguments_.width - column, pairs);
   }
 

@@ -27,28 +27,30 @@ bool valid(const WeightProblem& problem) {
 template <class C>
 cudaError_t launch_weights(const WeightProblem& problem, int multiprocessors) {
   constexpr bool is_bf16 = std::is_same_v<typename C::Element, __nv_bfloat16>;
-  const int64_t tiles = ceil_div(problem.height, kTileM * (C::kTall ? 2 : 1)) *
-                        ceil_div(problem.width, C::kTileN * (C::kTall ? 1 : 2)) * problem.num_experts;
+  const int64_t height = C::kTurned ? problem.width : problem.height;  // of the product
+  const int64_t width = C::kTurned ? problem.height : problem.width;
+  const int64_t tiles = ceil_div(height, C::kRows * (C::kTall ? 2 : 1)) *
+                        ceil_div(width, C::kTileN * (C::kTall ? 1 : 2)) * problem.num_experts;
   if (tiles > std::numeric_limits<int32_t>::max() - multiprocessors) return cudaErrorInvalidValue;
   CUtensorMap map_a{}, map_b{};
-  cudaError_t error = make_ragged_map(&map_a, problem.grad, is_bf16, problem.height, C::kBoxRowsA);
+  cudaError_t error = make_ragged_map(&map_a, C::kTurned ? problem.x : problem.grad, is_bf16, height, C::kBoxRowsA);
   if (error != cudaSuccess) return error;
-  error = make_ragged_map(&map_b, problem.x, is_bf16, problem.width, C::kBoxRowsB);
+  error = make_ragged_map(&map_b, C::kTurned ? problem.grad : problem.x, is_bf16, width, C::kBoxRowsB);
   if (error != cudaSuccess) return error;
   const WeightArguments arguments{problem.offsets,
                                   problem.dw,
                                   static_cast<int>(problem.num_experts),
-                                  static_cast<int>(problem.height),
-                                  static_cast<int>(problem.width),
+                                  static_cast<int>(height),
+                                  static_cast<int>(width),
                                   problem.is_float,
                                   problem.accumulate};
   const int64_t clusters = std::min<int64_t>(tiles, multiprocessors / C::kCluster);
   return enqueue<WeightBlock<C>>(map_a, map_b, arguments, clusters, problem.stream);
 }
 
-template <int kColumns, bool kTall>
+template <int kColumns, bool kTall, bool kTurned>
 struct WeightOption {
-  static constexpr WeightShape kShape{kColumns, kTall};
+  static constexpr WeightShape kShape{kColumns, kTall, kTurned};
 };
 
 template <typename Element, typename... Options>
@@ -57,13 +59,15 @@ cudaError_t launch_fastest(const WeightProblem& problem) {
   cudaError_t error = count_multiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;
   constexpr WeightShape shapes[] = {Options::kShape...};
+  const bool is_stored = !problem.is_float && !problem.accumulate;
   const WeightShape best = fastest(shapes, [&](WeightShape shape) {
+    if (shape.turned && !is_stored) return std::numeric_limits<double>::infinity();
     return expected_weight_time(shape, problem.num_experts, problem.height, problem.width, multiprocessors);
   });
   const auto launch_if_best = [&](auto option) {
     constexpr WeightShape shape = decltype(option)::kShape;
     if (!(best == shape)) return false;
-    error = launch_weights<WeightConfig<Element, shape.columns, shape.tall>>(problem, multiprocessors);
+    error = launch_weights<WeightConfig<Element, shape.columns, shape.tall, shape.turned>>(problem, multiprocessors);
     return true;
   };
   (void)(launch_if_best(Options{}) || ...);
@@ -72,8 +76,9 @@ cudaError_t launch_fastest(const WeightProblem& problem) {
 
 template <typename Element>
 cudaError_t launch_element(const WeightProblem& problem) {
-  return launch_fastest<Element, WeightOption<256, true>, WeightOption<256, false>, WeightOption<192, true>,
-                        WeightOption<192, false>, WeightOption<128, true>, WeightOption<128, false>>(problem);
+  return launch_fastest<Element, WeightOption<256, true, false>, WeightOption<256, false, false>,
+                        WeightOption<192, true, false>, WeightOption<192, false, false>, WeightOption<128, true, false>,
+                        WeightOption<128, false, false>, WeightOption<256, false, true>>(problem);
 }
 
 }  // namespace

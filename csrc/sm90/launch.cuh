@@ -78,23 +78,17 @@ cudaError_t with_element(DitMoeDtype dtype, const Run& run) {
   return cudaErrorInvalidValue;
 }
 
-template <typename Element, bool kTransposed>
-cudaError_t launch(const Problem& problem) {
-  using C = Config<Element, kTransposed>;
-  if (!valid(problem)) return cudaErrorInvalidValue;
-  if (problem.rows == 0) return cudaSuccess;
-  int multiprocessors;
-  cudaError_t error = count_multiprocessors(&multiprocessors);
-  if (error != cudaSuccess) return error;
-  constexpr bool is_bf16 = std::is_same_v<Element, __nv_bfloat16>;
+template <class C>
+cudaError_t launch_tiles(const Problem& problem, int multiprocessors) {
+  constexpr bool is_bf16 = std::is_same_v<typename C::Element, __nv_bfloat16>;
   const int64_t tiles_n = ceil_div(problem.width, C::kColumns);
   const int64_t tiles_m = ceil_div(problem.rows, kHeightStep) + problem.num_experts;  // upper bound
   if (tiles_m * tiles_n > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
   CUtensorMap map_x{}, map_w{};
-  error = make_map(&map_x, problem.x, is_bf16, problem.depth, problem.rows, 0, C::kBoxTokens);
+  cudaError_t error = make_map(&map_x, problem.x, is_bf16, problem.depth, problem.rows, 0, C::kBoxTokens);
   if (error != cudaSuccess) return error;
-  error = make_map(&map_w, problem.w, is_bf16, kTransposed ? problem.width : problem.depth,
-                   kTransposed ? problem.depth : problem.width, problem.num_experts, 64);
+  error = make_map(&map_w, problem.w, is_bf16, C::kTransposed ? problem.width : problem.depth,
+                   C::kTransposed ? problem.depth : problem.width, problem.num_experts, 64);
   if (error != cudaSuccess) return error;
   const GroupedArguments arguments{problem.offsets,
                                    problem.out,
@@ -104,6 +98,19 @@ cudaError_t launch(const Problem& problem) {
                                    problem.rows};
   const int64_t clusters = std::min<int64_t>(ceil_div(tiles_m * tiles_n, C::kCluster), multiprocessors / C::kCluster);
   return enqueue<Block<C>>(map_x, map_w, arguments, clusters, problem.stream, problem.start);
+}
+
+template <typename Element, bool kTransposed>
+cudaError_t launch(const Problem& problem) {
+  if (!valid(problem)) return cudaErrorInvalidValue;
+  if (problem.rows == 0) return cudaSuccess;
+  int multiprocessors;
+  const cudaError_t error = count_multiprocessors(&multiprocessors);
+  if (error != cudaSuccess) return error;
+  if (wide_tiles(problem.rows, problem.width, problem.num_experts)) {
+    return launch_tiles<Config<Element, kTransposed, 3>>(problem, multiprocessors);
+  }
+  return launch_tiles<Config<Element, kTransposed, 2>>(problem, multiprocessors);
 }
 
 // The same for an element type known at run time.

@@ -1,10 +1,11 @@
 // What the grouped products have in common: a block is one producer warpgroup, which fills a ring of shared-memory
-// stages, and two consumer warpgroups, which multiply 64 rows (or, with the tokens along the instruction's columns, 64
-// columns) of a tile each and store their results. Blocks stay and stride over the output tiles; while the consumers
-// store one tile, the producer already loads the next. Where there is something to be done with a result, the consumers
-// do it beside the products of the next tile; where there is much, they hand the result over in shared memory to a
-// finishing warpgroup, and multiply on. Two blocks may form a cluster, in which each fetches half of an operand for
-// both. Which tile is next is worked out ahead by a thread that has nothing else to do and read by all from a queue.
+// stages, and two or three consumer warpgroups, which multiply 64 rows (or, with the tokens along the instruction's
+// columns, 64 columns) of a tile each and store their results. Blocks stay and stride over the output tiles; while the
+// consumers store one tile, the producer already loads the next. Where there is something to be done with a result, the
+// consumers do it beside the products of the next tile; where there is much, they hand the result over in shared memory
+// to a finishing warpgroup, and multiply on. Two blocks may form a cluster, in which each fetches half of an operand
+// for both. Which tile is next is worked out ahead by a thread that has nothing else to do and read by all from a
+// queue.
 #pragma once
 
 #include "../early_start.cuh"
@@ -18,17 +19,16 @@ constexpr int kGroupThreads = 128;  // a warpgroup
 constexpr int kTileK = 64;          // elements of one swizzled row
 constexpr int kMaxStages = 8;
 constexpr int kMaxSharedBytes = 227 * 1024;  // of a Hopper block
-constexpr int kProducerRegisters = 24;
-constexpr int kConsumerRegisters = 240;
-constexpr int kConsumerWarps = 8;
-constexpr int kQueue = 4;        // tiles
-constexpr int kQueueBytes = 32;  // of a tile
-constexpr uint16_t kBoth = 3;    // blocks of a cluster, as copies to more than one name them
+constexpr int kQueue = 4;                    // tiles
+constexpr int kQueueBytes = 32;              // of a tile
+constexpr uint16_t kBoth = 3;                // blocks of a cluster, as copies to more than one name them
 
-// Shared memory of a block: stages of two operands, a staging buffer for each consumer warp's results, the queue of
-// tiles, barriers, a zero.
-template <int kBytesA_, int kBytesB_, int kStagingBytes_ = kStagingBytes>
+// Shared memory of a block with kGroups consumer warpgroups: stages of two operands, a staging buffer for each consumer
+// warp's results, the queue of tiles, barriers, a zero.
+template <int kBytesA_, int kBytesB_, int kGroups_ = 2, int kStagingBytes_ = kStagingBytes>
 struct SharedLayout {
+  static constexpr int kGroups = kGroups_;
+  static constexpr int kConsumerWarps = kGroups * kGroupThreads / 32;
   static constexpr int kBytesA = kBytesA_;
   static constexpr int kStageBytes = kBytesA_ + kBytesB_;
   static constexpr int kWarpStagingBytes = kStagingBytes_;
@@ -69,18 +69,19 @@ class Pipeline {
   static constexpr bool kOverlaps = false;
   static constexpr bool kGuesses = false;
   static __device__ __forceinline__ bool guesses() { return false; }
-  static constexpr int kProducerRegisters = sm90::kProducerRegisters;
-  static constexpr int kConsumerRegisters = sm90::kConsumerRegisters;
+  // A thread's, of 512 for one in each warpgroup; the producer's are also the schedule's.
+  static constexpr int kProducerRegisters = L::kGroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = L::kGroups == 2 ? 232 : 160;
   static constexpr int kFinisherRegisters = 0;
 
   // readers: of the queue, warps.
   __device__ __forceinline__ void init_barriers(int readers) const {
-    constexpr int consumer_arrivals = kConsumerWarps * kCluster;
+    constexpr int consumer_arrivals = L::kConsumerWarps * kCluster;
     for (int stage = 0; stage < L::kStages; ++stage) {
       barrier_init(full(stage), 1);
       barrier_init(empty(stage), consumer_arrivals);
     }
-    for (int warp = 0; warp < kConsumerWarps; ++warp) {
+    for (int warp = 0; warp < L::kConsumerWarps; ++warp) {
       barrier_init(handed_over(warp), 1);
       barrier_init(taken(warp), 1);
     }
@@ -104,14 +105,14 @@ class Pipeline {
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage) + L::kStages * 8; }
   // Of a consumer warp's staging buffer, where a finishing warp takes the results from there.
   __device__ __forceinline__ uint32_t handed_over(int warp) const { return empty(L::kStages) + warp * 8; }
-  __device__ __forceinline__ uint32_t taken(int warp) const { return handed_over(kConsumerWarps) + warp * 8; }
+  __device__ __forceinline__ uint32_t taken(int warp) const { return handed_over(L::kConsumerWarps) + warp * 8; }
   // Of a place in the queue.
-  __device__ __forceinline__ uint32_t queued(int place) const { return taken(kConsumerWarps) + place * 8; }
+  __device__ __forceinline__ uint32_t queued(int place) const { return taken(L::kConsumerWarps) + place * 8; }
   __device__ __forceinline__ uint32_t read(int place) const { return queued(kQueue) + place * 8; }
   __device__ __forceinline__ uint32_t staging(int warp) const {
     return shared_ + L::kStagingAt + warp * L::kWarpStagingBytes;
   }
-  __device__ __forceinline__ uint32_t group_staging(int group) const { return staging(group * kConsumerWarps / 2); }
+  __device__ __forceinline__ uint32_t group_staging(int group) const { return staging(group * kGroupThreads / 32); }
   // A zero that is not known before this place. What is computed with it cannot be moved in front of products that were
   // started before, where the compiler would like to have it, and these would wait.
   __device__ __forceinline__ uint32_t zero_from_here() const { return load_shared_word(shared_ + L::kZeroAt); }
@@ -216,8 +217,8 @@ class Pipeline {
   }
 
   // A consumer's part: multiply(stage, step) starts the products of a K step, prepare(step) comes before each, and the
-  // calls beside(0) to beside(kPieces - 1) come beside the products of the first steps. The first consumer leads the
-  // second by `lead` steps (0: not from here on), so that what they do between two tiles does not coincide.
+  // calls beside(0) to beside(kPieces - 1) come beside the products of the first steps. The first of two consumers
+  // leads the second by `lead` steps (0: not from here on), so that what they do between two tiles does not coincide.
   template <int kPieces, int kCount, typename Multiply, typename Prepare, typename Beside>
   __device__ __forceinline__ void drain(StageRing& ring, int steps, int group, int lead, float (&accumulators)[kCount],
                                         const Multiply& multiply, const Prepare& prepare, const Beside& beside) const {
@@ -290,7 +291,7 @@ class Pipeline {
 };
 
 template <class Block>
-constexpr int kThreads = (Block::kFinishes ? 4 : 3) * kGroupThreads;
+constexpr int kThreads = (1 + Block::Layout::kGroups + Block::kFinishes) * kGroupThreads;
 
 // Block is a Pipeline with produce() and schedule() for a warp each, consume(group) and, if it has that warpgroup,
 // finish().
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
     if constexpr (Block::kOverlaps) {
       if (!block.guesses()) let_next_start();
     }
-    block.init_barriers(1 + kConsumerWarps + (Block::kFinishes ? kGroupThreads / 32 : 0));
+    block.init_barriers(1 + Block::Layout::kConsumerWarps + (Block::kFinishes ? kGroupThreads / 32 : 0));
   }
   if constexpr (Block::kCluster > 1) {
     cluster_sync();
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
     if (warp == 0) block.produce();
     if (warp == 1) block.schedule();
     __syncwarp();
-  } else if (!Block::kFinishes || group < 3) {
+  } else if (!Block::kFinishes || group <= Block::Layout::kGroups) {
     take_registers<Block::kConsumerRegisters>();
     block.consume(group - 1);
   } else if constexpr (Block::kFinishes) {

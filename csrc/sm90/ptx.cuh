@@ -269,8 +269,10 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
 __device__ __forceinline__ void synchronize_group(int group) {
   if (group == 0) {
     asm volatile("bar.sync 2, 128;" ::: "memory");
-  } else {
+  } else if (group == 1) {
     asm volatile("bar.sync 3, 128;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 4, 128;" ::: "memory");
   }
 }
 

@@ -20,15 +20,13 @@ struct Place {
   int row, column;  // in tiles
 };
 
-// Of an expert, on average: from here on, what matters is the bytes that are fetched from device memory.
-constexpr int kManyRows = 2048;
-
 // The first tile of a cluster, which then strides over all. Tiles of neighbouring numbers share operands, and clusters
-// in the same group of multiprocessors (GPC) seem to read from the L2 cache once what they need together: so where an
-// expert has few rows, the clusters of a group get neighbouring numbers. This is the order in which an H100 deals out
-// 66 clusters of two blocks to its groups of 8 or 9 (as %smid shows it); on any other GPU it is one order among others.
-__device__ __forceinline__ int first_tile(int cluster, int clusters, int64_t rows, int num_experts) {
-  if (clusters != 66 || rows > int64_t{kManyRows} * num_experts) return cluster;
+// in the same group of multiprocessors (GPC) read from the L2 cache once what they ask for at nearly the same time,
+// each for itself: so the clusters of a group get neighbouring numbers. This is the order in which an H100 or H200
+// deals out 66 clusters of two blocks to its groups of 8 or 9 (as %smid shows it); on any other GPU it is one order
+// among others.
+__device__ __forceinline__ int first_tile(int cluster, int clusters) {
+  if (clusters != 66) return cluster;
   if (cluster < 4) return 4 + cluster;
   const int place = cluster - 4;
   int group = place % 8, index = place / 8;
@@ -65,7 +63,7 @@ class TileScheduler {
         num_experts_(num_experts),
         tiles_n_(tiles_n),
         group_m_(group_m),
-        next_(first_tile(cluster, clusters, num_rows, num_experts)),
+        next_(first_tile(cluster, clusters)),
         step_(clusters) {
     const int rows = static_cast<int>(num_rows);
     start_ = offsets == nullptr ? 0 : __ldg(offsets);
@@ -265,7 +263,7 @@ class TokenScheduler {
         tiles_n_(tiles_n),
         max_height_(max_height),
         group_(num_rows > int64_t{kManyRows} * num_experts && tiles_n <= kFewColumns ? 2 : 16),
-        next_(first_tile(cluster, clusters, num_rows, num_experts)),
+        next_(first_tile(cluster, clusters)),
         step_(clusters) {
     enter(0);
     skip_empty();
@@ -372,16 +370,16 @@ struct WeightTile {
 class WeightScheduler {
  public:
   __device__ __forceinline__ WeightScheduler(const int32_t* offsets, int num_experts, int tiles_m, int tiles_n,
-                                             int first, int step)
+                                             int cluster, int clusters)
       : offsets_(offsets),
         num_tiles_(num_experts * tiles_m * tiles_n),
         tiles_m_(tiles_m),
         tiles_n_(tiles_n),
         group_m_(min(tiles_m, tiles_n) > 16 ? 8
                  : tiles_m <= tiles_n       ? tiles_m
-                                            : 2),
-        next_(first),
-        step_(step) {}
+                                            : 1),
+        next_(first_tile(cluster, clusters)),
+        step_(clusters) {}
 
   // False when no tile is left.
   __device__ __forceinline__ bool next(WeightTile& tile) {

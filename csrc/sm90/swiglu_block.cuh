@@ -41,7 +41,7 @@ struct SwiGLUConfig {
   static constexpr int kBoxRows = kTransposed ? kTileK : kTileN / kBoxes;
   static constexpr int kBoxBytes = kBoxRows * kSwizzleBytes;
   static constexpr int kBytesB = kBoxes * kBoxBytes;
-  using Layout = SharedLayout<kBytesA, kBytesB, kFinishes ? kSegments * kStagingBytes : kStagingBytes>;
+  using Layout = SharedLayout<kBytesA, kBytesB, 2, kFinishes ? kSegments * kStagingBytes : kStagingBytes>;
   // K steps by which the first consumer leads the second, so that one rounds while the other multiplies.
   static constexpr int kStagger = 2;
   // A tile is stored in pieces, each a segment of out, or of h's gate or up columns.
@@ -80,8 +80,8 @@ class SwiGLUBlock : public Pipeline<typename C::Layout, C::kCluster> {
   static constexpr bool kFinishes = C::kFinishes;
   static constexpr bool kOverlaps = C::kEpilogue == Epilogue::kSwiGLU || C::kEpilogue == Epilogue::kStore;
   static constexpr bool kGuesses = C::kEpilogue == Epilogue::kSwiGLU && C::kTileN <= kWidestNarrow;
-  static constexpr int kProducerRegisters = kFinishes ? 32 : 40;  // the schedule's share too
-  static constexpr int kConsumerRegisters = kFinishes ? 144 : 232;
+  static constexpr int kProducerRegisters = kFinishes ? 32 : Base::kProducerRegisters;
+  static constexpr int kConsumerRegisters = kFinishes ? 144 : Base::kConsumerRegisters;
   static constexpr int kFinisherRegisters = 512 - kProducerRegisters - 2 * kConsumerRegisters;
 
   __device__ __forceinline__ SwiGLUBlock(const CUtensorMap& map_a, const CUtensorMap& map_b, const Arguments& arguments,

@@ -2,42 +2,48 @@
 //
 // Rows are the depth of these products, so both operands are "transposed" in the sense of wgmma.cuh. Where a step
 // reaches beyond an expert's rows, the copy engine fills in zeros (make_ragged_map), and an expert without rows takes
-// one step of zeros. Two blocks of a cluster compute neighbouring tiles and share x (tall) or grad (wide).
+// one step of zeros. Two blocks of a cluster compute neighbouring tiles and share x (tall) or grad (wide). A turned
+// product is x[r]^T grad[r], whose tiles are turned as they are stored: where its tiles fit and those of the other do
+// not.
 #pragma once
 
 #include "pipeline.cuh"
 #include "scheduler.cuh"
 #include "tensor_map.cuh"
 #include "tile_choice.h"
+#include "token_store.cuh"
 
 namespace dit_moe::sm90 {
 
-template <typename Element_, int kTileN_, bool kTall_>
+template <typename Element_, int kTileN_, bool kTall_, bool kTurned_>
 struct WeightConfig {
   using Element = Element_;
   static constexpr int kTileN = kTileN_;
   static constexpr bool kTall = kTall_;
+  static constexpr bool kTurned = kTurned_;
   static constexpr int kCluster = 2;
   // An operand's stage consists of strips: 64 columns of kTileK rows. Of a shared strip each block copies half.
   static constexpr int kStripColumns = 64;
-  static constexpr int kStripsA = kTileM / kStripColumns;
+  static constexpr int kRows = rows_of({kTileN, kTall, kTurned});
+  static constexpr int kGroups = kRows / 64;  // consumers, of which each has 64 rows
+  static constexpr int kStripsA = kRows / kStripColumns;
   static constexpr int kStripsB = (kTileN + kStripColumns - 1) / kStripColumns;
   static constexpr int kStripBytes = kTileK * kSwizzleBytes;
   static constexpr int kBoxRowsA = kTall ? kTileK : kTileK / 2;
   static constexpr int kBoxRowsB = kTall ? kTileK / 2 : kTileK;
-  using Layout = SharedLayout<kStripsA * kStripBytes, kStripsB * kStripBytes>;
-  static constexpr int kStagger = 2;        // as in Config
-  static constexpr int kPrefetchSteps = 8;  // K steps before the end that old gradients are asked for
+  using Layout = SharedLayout<kStripsA * kStripBytes, kStripsB * kStripBytes, kGroups>;
+  static constexpr int kStagger = kGroups == 2 ? 2 : 0;  // K steps by which the first of two consumers leads
+  static constexpr int kPrefetchSteps = 8;               // K steps before the end that old gradients are asked for
 };
 
 struct WeightArguments {
   const int32_t* offsets;  // (num_experts + 1,)
-  void* dw;                // (num_experts, height, width), of the operands' type or fp32
+  void* dw;                // (num_experts, height, width), of the operands' type or fp32; turned, (.., width, height)
   int num_experts;
-  int height;
+  int height;  // of the product
   int width;
-  bool is_float;    // dw is fp32
-  bool accumulate;  // add to dw
+  bool is_float;    // dw is fp32; not if turned
+  bool accumulate;  // add to dw; not if turned
 };
 
 template <class C>
@@ -59,7 +65,7 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
   // A warp's first thread.
   __device__ __forceinline__ void schedule() const {
     if (threadIdx.x % 32 != 0) return;
-    constexpr int rows = kTileM * (C::kTall ? 2 : 1), columns = C::kTileN * (C::kTall ? 1 : 2);  // of a cluster
+    constexpr int rows = C::kRows * (C::kTall ? 2 : 1), columns = C::kTileN * (C::kTall ? 1 : 2);  // of a cluster
     WeightScheduler scheduler(arguments_.offsets, arguments_.num_experts, (arguments_.height + rows - 1) / rows,
                               (arguments_.width + columns - 1) / columns, blockIdx.x / C::kCluster,
                               gridDim.x / C::kCluster);
@@ -107,9 +113,9 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
   static __device__ __forceinline__ int steps_of(const WeightTile& tile) {
     return max((tile.end - tile.start + kTileK - 1) / kTileK, 1);
   }
-  // Of dw.
+  // Of the product.
   static __device__ __forceinline__ int row_of(const WeightTile& tile) {
-    return (C::kTall ? tile.row * 2 + rank() : tile.row) * kTileM;
+    return (C::kTall ? tile.row * 2 + rank() : tile.row) * C::kRows;
   }
   static __device__ __forceinline__ int column_of(const WeightTile& tile) {
     return (C::kTall ? tile.column : tile.column * 2 + rank()) * C::kTileN;
@@ -166,7 +172,16 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
   __device__ __forceinline__ void store(const WeightTile& tile, int group, const float (&acc)[C::kTileN / 2]) const {
     const int warp = warp_of(group), column = column_of(tile), width = arguments_.width;
     const uint32_t buffer = staging(warp);
-    if (arguments_.is_float) {
+    if constexpr (C::kTurned) {
+      uint32_t pairs[C::kTileN / 4];
+#pragma unroll
+      for (int i = 0; i < C::kTileN / 4; ++i) pairs[i] = round_pair<Element>(acc[2 * i], acc[2 * i + 1]);
+      const int64_t height = arguments_.height;
+      const int row = row_of(tile) + group * 64;
+      Element* const dw = static_cast<Element*>(arguments_.dw) + (int64_t{tile.expert} * width + column) * height + row;
+      store_tokens<Element, C::kTileN>(this->group_staging(group), group, dw, height, width - column,
+                                       arguments_.height - row, pairs);
+    } else if (arguments_.is_float) {
       add_tile<C::kTileN>(buffer, row_block<float>(tile, warp), column, width, arguments_.accumulate, acc);
     } else if (arguments_.accumulate) {
       add_tile<C::kTileN>(buffer, row_block<Element>(tile, warp), column, width, true, acc);

@@ -23,10 +23,12 @@ SPLITS = {
     "many_experts": ([(7 * i) % 41 for i in range(160)], 3),
 }
 # Every compiled shape of a tile, with an H100's 66 clusters and three to seven experts: multiples of 256, 192 and
-# 128 columns; an odd number of 128 rows (wide pairs); and widths that no tile divides.
+# 128 columns; an odd number of 128 rows (wide pairs); widths that no tile divides; the last three 192 columns in wide
+# pairs, and turned products.
 SHAPES = [
     (512, 1024), (1152, 4608), (9216, 1152), (1152, 384), (2816, 1408), (384, 1536), (384, 128), (128, 128), (8, 8),
     (136, 264), (72, 1000), (1000, 72), (1160, 200), (640, 768), (1408, 176),
+    (184, 4904), (8192, 128), (2456, 360),
 ]  # fmt: skip
 
 
@@ -104,7 +106,9 @@ def test_neighbours_do_not_leak(target):
         assert torch.equal(dw_op(spoilt_grad, spoilt_x, offsets)[expert], clean[expert]), f"expert {expert}"
 
 
-@pytest.mark.parametrize("shape", [(512, 1024), (2816, 1408), (200, 328), (1152, 384), (128, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(512, 1024), (2816, 1408), (200, 328), (1152, 384), (128, 128), (2456, 360)], ids=str
+)
 @pytest.mark.parametrize("split", ["ragged", "empty_experts", "unused_rows", "no_row"])
 @pytest.mark.parametrize("sum_dtype", [None, FP32], ids=["same", "fp32"])
 @pytest.mark.parametrize("target", TARGETS)

@@ -31,12 +31,12 @@ def fits(case: Case) -> bool:
 
 
 SMALL_CASES = [case for case in (*CASES, *HOPPER_CASES) if fits(case)]
-# Odd and even numbers of columns of 128, whole and cut ones; one column alone.
+# Odd and even numbers of columns of 128, whole and cut ones; one column alone; of 192, with many rows an expert.
 WIDTH_CASES = [
     Case(f"{width}x{hidden}_T{tokens}", tokens, experts, 2, width, hidden, "skewed", tile_rows=None)
     for width, hidden, tokens, experts in [
         (512, 1024, 4000, 4), (384, 576, 5000, 4), (1408, 352, 3000, 8), (128, 1536, 900, 8), (1160, 1000, 777, 6),
-        (240, 480, 9000, 2), (8, 8, 100, 3),
+        (240, 480, 9000, 2), (8, 8, 100, 3), (192, 960, 5000, 2),
     ]
 ]  # fmt: skip
 # Where weights are what is fetched: narrow tiles of 64, 96, 128 columns, even loads, experts with several row tiles.
@@ -125,6 +125,27 @@ def test_each_height_of_a_tile(target, height):
     tiles = (plan.expert_offsets, plan.tile_expert, plan.tile_row, plan.tile_rows)
     product = lambda grad, w: torch.ops.dit_moe.grouped_gemm_dx(grad, w, *tiles, "cuda")  # noqa: E731
     check("dx", lambda grad, w: naive_grouped_gemm(grad, w.mT, ids), product, [grad, w])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_height_of_a_wide_tile(target):
+    """One expert has so many rows that all have many on average, the others one tile of each height."""
+    counts = [40000, *range(16, 193, 16), 7]
+    width_in, width_out = 128, 384
+    ids = torch.arange(len(counts), device=target.device).repeat_interleave(torch.tensor(counts).cuda())[:, None]
+    plan = make_routing_plan(ids, len(counts))
+    tiles = (plan.expert_offsets, plan.tile_expert, plan.tile_row, plan.tile_rows)
+    w = randn(len(counts), width_out, width_in, target=target, scale=width_in**-0.5)
+    x = randn(ids.shape[0], width_in, target=target)
+    check(
+        "rows",
+        lambda x, w: naive_grouped_gemm(x, w, ids),
+        lambda x, w: grouped_gemm(x, w, plan, backend="cuda"),
+        [x, w],
+    )
+    w = randn(len(counts), width_in, width_out, target=target, scale=width_in**-0.5)
+    product = lambda grad, w: torch.ops.dit_moe.grouped_gemm_dx(grad, w, *tiles, "cuda")  # noqa: E731
+    check("dx", lambda grad, w: naive_grouped_gemm(grad, w.mT, ids), product, [x, w])
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
