@@ -21,7 +21,7 @@ from .timing import TimingOptions, measure_peaks
 
 _ALIASES = {"bwd": "fwd_bwd"}
 _SHORT_ROUNDS = 9  # of a run without --suite
-_TINY_TIMING = TimingOptions(rounds=3, batch_ms=1.0, min_calls=1, max_calls=2, warmup_ms=0.0)
+_TINY_TIMING = TimingOptions(rounds=3, batch_ms=1.0, min_calls=1, max_calls=2, settle_ms=0.0, warmup_ms=0.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +77,8 @@ def _timing(options: argparse.Namespace) -> TimingOptions:
     default = _TINY_TIMING if options.tiny else TimingOptions()
     if not options.suite:
         default = replace(default, rounds=min(default.rounds, _SHORT_ROUNDS))
-    return replace(default, rounds=options.rounds or default.rounds, batch_ms=options.batch_ms or default.batch_ms)
+    given = {name: getattr(options, name) for name in ("rounds", "batch_ms", "settle_ms")}
+    return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
 def _choice(options: argparse.Namespace, device: str) -> Choice:
@@ -112,6 +113,12 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected 1 or more")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     providers = sorted({name for suite in SUITES.values() for name in suite.providers})
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
@@ -127,8 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on the CPU")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
     add("--tiny", action="store_true", help="small shapes and few samples: does it run at all?")
-    add("--rounds", type=int, help="samples of each provider")
+    add("--rounds", type=_positive, help="samples of each provider")
     add("--batch-ms", type=float, help="length of one sample in milliseconds")
+    add("--settle-ms", type=float, help="how long a call of a millisecond or more is repeated before each sample")
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the results (default: %(default)s)")
     add("--plot", action="store_true", help="draw the plots at the end (always done without --suite)")
     add("--append", action="store_true", help="keep the rows in --out that this run does not measure again")

@@ -3,12 +3,14 @@
 Within a round every candidate is timed once, eagerly and as a graph, so that slow drifts of the clock (heat, power,
 other users of the host) fall on all alike. A sample is the mean over a small batch of calls between two events. Before
 each sample the L2 cache is overwritten, which also lets the host run ahead of the GPU; small inputs rotate through
-copies.
+copies. At its power limit the GPU's clock follows what it runs with a delay of some tenths of a second, so long calls
+are repeated for so long before each sample: otherwise a sample would have the clock that its neighbour's power allows.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ class TimingOptions:
             though in a running program it hides behind the GPU's work on the call before.
         max_calls: most calls in one sample.
         max_batch_ms: longest sample of several calls; a call of a quarter of a second hides its launches by itself.
+        settle_ms: how long a candidate whose call takes a millisecond or more runs before each of its samples.
         warmup_ms: matrix products before the first sample, which bring the GPU to its working temperature and clock.
     """
 
@@ -41,6 +44,7 @@ class TimingOptions:
     min_calls: int = 8
     max_calls: int = 50
     max_batch_ms: float = 120.0
+    settle_ms: float = 300.0
     warmup_ms: float = 1500.0
 
 
@@ -73,8 +77,8 @@ class CpuClock:
     def synchronize(self) -> None:
         """Nothing runs in the background."""
 
-    def time_ms(self, calls: Sequence[Call], count: int) -> float:
-        """Mean time of `count` calls, taken from `calls` in turn."""
+    def time_ms(self, calls: Sequence[Call], count: int, ahead: int = 0) -> float:
+        """Mean time of `count` calls, taken from `calls` in turn; no calls go ahead here."""
         begin = time.perf_counter()
         for i in range(count):
             calls[i % len(calls)]()
@@ -90,6 +94,7 @@ class CpuClock:
         raise NotCapturable("no CUDA graphs on the CPU")
 
 
+_LONG_CALL_MS = 1.0
 _CALLS_WITH_LEAD = 8  # in a sample: short calls, which the launches of the first could be a good part of
 
 
@@ -119,9 +124,11 @@ class CudaClock:
         """Wait for the GPU; raises if an earlier kernel failed."""
         torch.cuda.synchronize()
 
-    def time_ms(self, calls: Sequence[Call], count: int) -> float:
-        """Mean time of `count` calls, taken from `calls` in turn, between two events."""
+    def time_ms(self, calls: Sequence[Call], count: int, ahead: int = 0) -> float:
+        """Mean time of `count` calls, taken from `calls` in turn, between two events, behind `ahead` untimed ones."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for i in range(ahead):
+            calls[i % len(calls)]()
         self._flush.zero_()
         if count >= _CALLS_WITH_LEAD:
             calls[-1]()  # the host is a call ahead then, as in a loop, and its first launches are not timed
@@ -199,6 +206,7 @@ class Timed:
         calls: taken in turn; each stands for calls_per_unit calls of the candidate.
         calls_per_unit: more than one where a call replays a graph of several.
         count: how many of `calls` make a sample.
+        ahead: how many of `calls` go before it.
         times_ms: samples, per call of the candidate.
         failure: what stopped this entry.
     """
@@ -206,6 +214,7 @@ class Timed:
     calls: Sequence[Call]
     calls_per_unit: int
     count: int = 1
+    ahead: int = 0
     times_ms: list[float] = field(default_factory=list)
     failure: Exception | None = None
 
@@ -214,7 +223,7 @@ class Timed:
         if self.failure is None:
             gc.collect()  # what earlier samples left in cycles
             try:
-                self.times_ms.append(clock.time_ms(self.calls, self.count) / self.calls_per_unit)
+                self.times_ms.append(clock.time_ms(self.calls, self.count, self.ahead) / self.calls_per_unit)
             except Exception as error:
                 self.failure = error
 
@@ -226,8 +235,10 @@ def time_round_robin(clock: Clock, entries: Sequence[Timed], options: TimingOpti
             entry.count = len(entry.calls)
             for _ in range(2):
                 entry.take(clock)
-            wanted = calls_in_sample(min(entry.times_ms, default=1.0) * entry.calls_per_unit, options)
+            call_ms = min(entry.times_ms, default=1.0) * entry.calls_per_unit
+            wanted = calls_in_sample(call_ms, options)
             entry.count = -(-wanted // len(entry.calls)) * len(entry.calls)  # each copy of the inputs equally often
+            entry.ahead = calls_to_settle(call_ms, options)
             entry.times_ms.clear()
         for round_index in range(options.rounds):
             first = round_index % max(len(entries), 1)
@@ -240,6 +251,11 @@ def calls_in_sample(call_ms: float, options: TimingOptions) -> int:
     call_ms = max(call_ms, 1e-4)
     wanted = min(max(round(options.batch_ms / call_ms), options.min_calls), options.max_calls)
     return min(wanted, max(1, int(options.max_batch_ms / call_ms)))
+
+
+def calls_to_settle(call_ms: float, options: TimingOptions) -> int:
+    """How many calls of this length go before a sample; short ones leave the GPU idle in between and its clock high."""
+    return math.ceil(options.settle_ms / call_ms) if call_ms >= _LONG_CALL_MS else 0
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from benchmarks.timing import (
     Timed,
     TimingOptions,
     calls_in_sample,
+    calls_to_settle,
     summarize,
     time_round_robin,
 )
@@ -88,10 +89,12 @@ class ScriptedClock(CpuClock):
 
     def __init__(self) -> None:
         self.order: list[str] = []
+        self.ahead: dict[str, int] = {}
 
-    def time_ms(self, calls, count: int) -> float:
+    def time_ms(self, calls, count: int, ahead: int = 0) -> float:
         name = calls[0]()
         self.order.append(name)
+        self.ahead[name] = ahead
         return {"a": 1.0, "b": 3.0}[name] * count / len(calls)
 
 
@@ -104,11 +107,18 @@ def test_rounds_interleave_and_rotate() -> None:
     assert [len(entry.times_ms) for entry in entries] == [4, 4]
     time_round_robin(clock, entries, TimingOptions(rounds=1, batch_ms=0.1, min_calls=4))
     assert [entry.count for entry in entries] == [4, 6]  # a long call is not timed alone
+    assert clock.ahead == {"a": 300, "b": 100}
 
 
 @pytest.mark.parametrize(("call_ms", "count"), [(0.01, 50), (0.5, 10), (4.0, 8), (50.0, 2), (300.0, 1)])
 def test_samples_have_many_short_calls_or_few_long_ones(call_ms: float, count: int) -> None:
     assert calls_in_sample(call_ms, TimingOptions()) == count
+
+
+@pytest.mark.parametrize(("call_ms", "ahead"), [(0.9, 0), (1.0, 300), (7.0, 43), (400.0, 1)])
+def test_long_calls_settle_before_a_sample(call_ms: float, ahead: int) -> None:
+    assert calls_to_settle(call_ms, TimingOptions(settle_ms=300.0)) == ahead
+    assert calls_to_settle(call_ms, TimingOptions(settle_ms=0.0)) == 0
 
 
 def test_garbage_is_collected_between_samples_only() -> None:
@@ -126,7 +136,7 @@ def test_garbage_is_collected_between_samples_only() -> None:
             InCycle.alive -= 1
 
     class Watching(CpuClock):
-        def time_ms(self, calls, count: int) -> float:
+        def time_ms(self, calls, count: int, ahead: int = 0) -> float:
             seen.append((gc.isenabled(), InCycle.alive))
             return super().time_ms(calls, 1)
 
