@@ -14,8 +14,8 @@ constexpr int kTileM = 128;
 // Of tiles that are as high as an expert's rows ask for.
 constexpr int kHeightStep = 16;
 constexpr int kMaxHeight = 256;
-// The same of tiles of 192 columns. They take a tenth less from the L2 cache, and so less energy, which is what there
-// is too little of where experts have many rows.
+// Wide tiles are at most as high as wide and have a third consumer. A block receives a tenth less for them, which takes
+// less energy, and that is what there is too little of where experts have many rows.
 constexpr int kWideColumns = 192;
 constexpr int kWideHeight = 192;
 // Of an expert, on average: from here on, what matters is the bytes that are fetched, and no longer rounds of tiles.
@@ -27,13 +27,13 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // alone on narrow tiles of kTileM rows, so that all multiprocessors fetch.
 inline bool few_rows(int64_t rows, int64_t num_experts) { return rows <= kTileM * num_experts; }
 
-// Whether an expert has many rows, and tiles of kWideColumns leave no columns idle.
+// Whether so few that nearly every expert has one tile of them in each column.
+inline bool very_few_rows(int64_t rows, int64_t num_experts) { return 2 * rows <= kTileM * num_experts; }
+
+// Whether tiles are wide: experts have many rows, and no columns are left idle.
 inline bool wide_tiles(int64_t rows, int64_t width, int64_t num_experts) {
   return rows > kManyRows * num_experts && width % kWideColumns == 0;
 }
-
-// Whether so few that nearly every expert has one tile of them in each column.
-inline bool very_few_rows(int64_t rows, int64_t num_experts) { return 2 * rows <= kTileM * num_experts; }
 
 constexpr int kWidestNarrow = 128;
 constexpr int kNarrowSwiGLU = 96;  // columns of the product, half of them gate; 64 to 192 are within 4 % of the best
@@ -90,7 +90,7 @@ inline bool operator==(WeightShape a, WeightShape b) {
   return a.columns == b.columns && a.tall == b.tall && a.turned == b.turned;
 }
 
-// Of a tile. Square tiles have a third consumer.
+// Of a tile: wide ones are square.
 constexpr int rows_of(WeightShape shape) { return shape.columns == kWideColumns ? kWideColumns : kTileM; }
 
 // In rounds of the whole GPU times columns of 128 elements. A wide pair fetches more: the operand that it shares is the
