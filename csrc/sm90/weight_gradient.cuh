@@ -95,7 +95,9 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
     WeightTile tile;
     bool first = true;
     while (this->next_tile(queue, tile)) {
-      const int steps = steps_of(tile);
+      // Turned, the compiler would hold the warp divided behind the barriers of its stores, if it did not see that all
+      // lanes have as many steps: each operand's address then took a move in each step.
+      const int steps = C::kTurned ? __shfl_sync(0xffffffffu, steps_of(tile), 0) : steps_of(tile);
       const int lead = first ? min(C::kStagger, steps) : 0;
       const int prefetch_step = arguments_.accumulate ? max(steps - C::kPrefetchSteps, 0) : steps;
       first = false;
@@ -103,7 +105,7 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
           ring, steps, group, lead, accumulators,
           [&](int stage, int step) { multiply(stage, group, step, accumulators); },
           [&](int step) {
-            if (step == prefetch_step) prefetch(tile, group);
+            if (!C::kTurned && step == prefetch_step) prefetch(tile, group);
           });
       store(tile, group, accumulators);
     }

@@ -50,7 +50,7 @@ def products(kernels) -> dict[str, str]:
 
 
 def test_each_product_uses_the_warpgroup_instruction(products):
-    assert len(products) == 2 * 18  # two dtypes
+    assert len(products) == 2 * 21  # two dtypes
     assert all("HGMMA" in code and "UTMALDG" in code for code in products.values())
     assert not any(re.search(r"\bHMMA\b", code) for code in products.values())
 
@@ -89,10 +89,10 @@ def test_copies_are_started_by_one_lane_of_a_whole_warp(products):
 
 
 def test_operands_stay_in_uniform_registers_beside_the_products(products):
-    """At most one move into them in a loop over K; where the compiler holds a warp divided, each operand needs one."""
+    """A move into them for each operand in a loop over K; where the compiler holds a warp divided, it takes 8 or 16."""
     for name, code in products.items():
         multiplying = [loop for loop in loops(code) if any("HGMMA" in x for x in loop)]
-        assert multiplying and multiplying[0].count("R2UR") <= 1, name
+        assert multiplying and multiplying[0].count("R2UR") <= 2, name
 
 
 def test_the_router_runs_on_the_tensor_cores(kernels):
