@@ -181,14 +181,11 @@ class Block : public Pipeline<typename C::Layout, C::kCluster> {
   }
 
   __device__ __forceinline__ void store(const TokenTile& tile, int group, const float (&acc)[C::kHeight / 2]) const {
-    uint32_t pairs[C::kHeight / 4];  // of neighbouring tokens; see store_tokens
-#pragma unroll
-    for (int i = 0; i < C::kHeight / 4; ++i) pairs[i] = round_pair<Element>(acc[2 * i], acc[2 * i + 1]);
     const int64_t width = arguments_.width;
     const int column = tile.column * C::kColumns + group * 64;
     Element* const out = static_cast<Element*>(arguments_.out) + tile.row * width + column;
     store_tokens<Element, C::kHeight>(this->group_staging(group), group, out, width, tile.rows,
-                                      arguments_.width - column, pairs);
+                                      arguments_.width - column, acc);
   }
 
   const CUtensorMap& map_x_;

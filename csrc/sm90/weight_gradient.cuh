@@ -95,9 +95,7 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
     WeightTile tile;
     bool first = true;
     while (this->next_tile(queue, tile)) {
-      // Turned, the compiler would hold the warp divided behind the barriers of its stores, if it did not see that all
-      // lanes have as many steps: each operand's address then took a move in each step.
-      const int steps = C::kTurned ? __shfl_sync(0xffffffffu, steps_of(tile), 0) : steps_of(tile);
+      const int steps = steps_of(tile);
       const int lead = first ? min(C::kStagger, steps) : 0;
       const int prefetch_step = arguments_.accumulate ? max(steps - C::kPrefetchSteps, 0) : steps;
       first = false;
@@ -175,14 +173,12 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
     const int warp = warp_of(group), column = column_of(tile), width = arguments_.width;
     const uint32_t buffer = staging(warp);
     if constexpr (C::kTurned) {
-      uint32_t pairs[C::kTileN / 4];
-#pragma unroll
-      for (int i = 0; i < C::kTileN / 4; ++i) pairs[i] = round_pair<Element>(acc[2 * i], acc[2 * i + 1]);
       const int64_t height = arguments_.height;
       const int row = row_of(tile) + group * 64;
       Element* const dw = static_cast<Element*>(arguments_.dw) + (int64_t{tile.expert} * width + column) * height + row;
       store_tokens<Element, C::kTileN>(this->group_staging(group), group, dw, height, width - column,
-                                       arguments_.height - row, pairs);
+                                       arguments_.height - row, acc);
+      __syncwarp();  // the compiler then knows the warp to be whole again, as in next_tile
     } else if (arguments_.is_float) {
       add_tile<C::kTileN>(buffer, row_block<float>(tile, warp), column, width, arguments_.accumulate, acc);
     } else if (arguments_.accumulate) {
