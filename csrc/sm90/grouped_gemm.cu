@@ -6,20 +6,17 @@ namespace {
 
 template <typename Element>
 cudaError_t launch_narrow(const Problem& problem) {
-  if (!valid(problem)) return cudaErrorInvalidValue;
-  if (problem.rows == 0) return cudaSuccess;
-  int multiprocessors;
-  const cudaError_t error = count_multiprocessors(&multiprocessors);
-  if (error != cudaSuccess) return error;
-  switch (narrow_columns(problem.rows, problem.width, problem.num_experts, multiprocessors)) {
-    case 64:
-      return launch_configuration<SwiGLUConfig<Element, Epilogue::kStore, 64, 1>>({problem}, multiprocessors);
-    case 96:
-      return launch_configuration<SwiGLUConfig<Element, Epilogue::kStore, 96, 1>>({problem}, multiprocessors);
-    default:
-      return launch_configuration<SwiGLUConfig<Element, Epilogue::kStore, kWidestNarrow, 1>>({problem},
-                                                                                             multiprocessors);
-  }
+  return with_multiprocessors(problem, problem.rows, [&](int multiprocessors) {
+    switch (narrow_columns(problem.rows, problem.width, problem.num_experts, multiprocessors)) {
+      case 64:
+        return launch_configuration<SwiGLUConfig<Element, Epilogue::kStore, 64, 1>>({problem}, multiprocessors);
+      case 96:
+        return launch_configuration<SwiGLUConfig<Element, Epilogue::kStore, 96, 1>>({problem}, multiprocessors);
+      default:
+        return launch_configuration<SwiGLUConfig<Element, Epilogue::kStore, kWidestNarrow, 1>>({problem},
+                                                                                               multiprocessors);
+    }
+  });
 }
 
 }  // namespace

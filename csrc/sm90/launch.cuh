@@ -66,6 +66,16 @@ inline cudaError_t count_multiprocessors(int* count) {
   return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
 }
 
+// run(multiprocessors) for a problem that is valid and has rows.
+template <typename AnyProblem, typename Run>
+cudaError_t with_multiprocessors(const AnyProblem& problem, int64_t rows, const Run& run) {
+  if (!valid(problem)) return cudaErrorInvalidValue;
+  if (rows == 0) return cudaSuccess;
+  int multiprocessors;
+  const cudaError_t error = count_multiprocessors(&multiprocessors);
+  return error == cudaSuccess ? run(multiprocessors) : error;
+}
+
 // run(a value of the element type) for a type that these kernels have.
 template <typename Run>
 cudaError_t with_element(DitMoeDtype dtype, const Run& run) {
@@ -102,15 +112,12 @@ cudaError_t launch_tiles(const Problem& problem, int multiprocessors) {
 
 template <typename Element, bool kTransposed>
 cudaError_t launch(const Problem& problem) {
-  if (!valid(problem)) return cudaErrorInvalidValue;
-  if (problem.rows == 0) return cudaSuccess;
-  int multiprocessors;
-  const cudaError_t error = count_multiprocessors(&multiprocessors);
-  if (error != cudaSuccess) return error;
-  if (wide_tiles(problem.rows, problem.width, problem.num_experts)) {
-    return launch_tiles<Config<Element, kTransposed, 3>>(problem, multiprocessors);
-  }
-  return launch_tiles<Config<Element, kTransposed, 2>>(problem, multiprocessors);
+  return with_multiprocessors(problem, problem.rows, [&](int multiprocessors) {
+    if (wide_tiles(problem.rows, problem.width, problem.num_experts)) {
+      return launch_tiles<Config<Element, kTransposed, 3>>(problem, multiprocessors);
+    }
+    return launch_tiles<Config<Element, kTransposed, 2>>(problem, multiprocessors);
+  });
 }
 
 // The same for an element type known at run time.

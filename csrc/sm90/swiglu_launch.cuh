@@ -53,18 +53,15 @@ cudaError_t launch_configuration(const SwiGLUProblem& problem, int multiprocesso
 template <typename Element, Epilogue kEpilogue, int kTileN>
 cudaError_t launch(const SwiGLUProblem& problem) {
   const Problem& product = problem.product;
-  if (!valid(problem)) return cudaErrorInvalidValue;
-  if (product.rows == 0) return cudaSuccess;
-  int multiprocessors;
-  const cudaError_t error = count_multiprocessors(&multiprocessors);
-  if (error != cudaSuccess) return error;
-  if constexpr (kTileN > kWidestNarrow) {
-    const bool pairs = kEpilogue == Epilogue::kDSwiGLU
-                           ? gradient_in_pairs(product.rows, product.num_experts, product.depth)
-                           : in_pairs(product.rows, product.num_experts, product.depth);
-    if (pairs) return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 2>>(problem, multiprocessors);
-  }
-  return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 1>>(problem, multiprocessors);
+  return with_multiprocessors(problem, product.rows, [&](int multiprocessors) {
+    if constexpr (kTileN > kWidestNarrow) {
+      const bool pairs = kEpilogue == Epilogue::kDSwiGLU
+                             ? gradient_in_pairs(product.rows, product.num_experts, product.depth)
+                             : in_pairs(product.rows, product.num_experts, product.depth);
+      if (pairs) return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 2>>(problem, multiprocessors);
+    }
+    return launch_configuration<SwiGLUConfig<Element, kEpilogue, kTileN, 1>>(problem, multiprocessors);
+  });
 }
 
 // The same for an element type known at run time.
