@@ -20,6 +20,13 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// By all threads at the end of a kernel that does not depend on the one in front of it and may run beside that one's
+// end: its last block waits for it, so that what comes behind waits for both.
+__device__ __forceinline__ void outlast_previous() {
+  const bool last = blockIdx.x + 1 == gridDim.x && blockIdx.y + 1 == gridDim.y && blockIdx.z + 1 == gridDim.z;
+  if (last && threadIdx.x == 0 && threadIdx.y == 0) wait_for_previous();
+}
+
 inline cudaLaunchAttribute early_start() {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -27,9 +27,9 @@ void check(const char* op, cudaError_t error) {
 }
 
 void permute(Address x, Address row_to_slot, Address slot_to_row, Address out, int64_t num_tokens, int64_t width,
-             int64_t top_k, DitMoeDtype dtype, Address stream) {
+             int64_t top_k, int32_t beside, DitMoeDtype dtype, Address stream) {
   check("permute", dit_moe_permute(pointer(x), pointer<int32_t>(row_to_slot), pointer<int32_t>(slot_to_row),
-                                   pointer(out), num_tokens, width, top_k, dtype, stream_handle(stream)));
+                                   pointer(out), num_tokens, width, top_k, beside, dtype, stream_handle(stream)));
 }
 
 void unpermute(Address y, Address weights, Address addend, Address slot_to_row, Address out, int64_t num_tokens,
@@ -110,11 +110,11 @@ void router_logits(Address x, Address gate, Address logits, int64_t num_tokens, 
 
 void router_gradients(Address dlogits, Address x, Address gate, Address rows, Address slot_to_row, Address dx,
                       Address dgate, Address parts, int64_t num_tokens, int64_t depth, int64_t num_experts,
-                      int64_t top_k, DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
-  check("router_gradients",
-        dit_moe_router_gradients(pointer<float>(dlogits), pointer(x), pointer(gate), pointer(rows),
-                                 pointer<int32_t>(slot_to_row), pointer(dx), pointer(dgate), pointer<float>(parts),
-                                 num_tokens, depth, num_experts, top_k, dtype, gate_dtype, stream_handle(stream)));
+                      int64_t top_k, int32_t beside, DitMoeDtype dtype, DitMoeDtype gate_dtype, Address stream) {
+  check("router_gradients", dit_moe_router_gradients(pointer<float>(dlogits), pointer(x), pointer(gate), pointer(rows),
+                                                     pointer<int32_t>(slot_to_row), pointer(dx), pointer(dgate),
+                                                     pointer<float>(parts), num_tokens, depth, num_experts, top_k,
+                                                     beside, dtype, gate_dtype, stream_handle(stream)));
 }
 
 void topk_softmax(Address logits, Address weights, Address ids, Address probs, int64_t num_tokens, int64_t num_experts,
@@ -259,8 +259,8 @@ PYBIND11_MODULE(_C, module) {
   // A launch blocks while the stream's queue is full: let other Python threads run meanwhile.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.def("permute", &permute, Unlocked(), py::arg("x"), py::arg("row_to_slot"), py::arg("slot_to_row"),
-             py::arg("out"), py::arg("num_tokens"), py::arg("width"), py::arg("top_k"), py::arg("dtype"),
-             py::arg("stream"));
+             py::arg("out"), py::arg("num_tokens"), py::arg("width"), py::arg("top_k"), py::arg("beside"),
+             py::arg("dtype"), py::arg("stream"));
   module.def("unpermute", &unpermute, Unlocked(), py::arg("y"), py::arg("weights"), py::arg("addend"),
              py::arg("slot_to_row"), py::arg("out"), py::arg("num_tokens"), py::arg("width"), py::arg("top_k"),
              py::arg("dtype"), py::arg("stream"));
@@ -296,8 +296,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("stream"));
   module.def("router_gradients", &router_gradients, Unlocked(), py::arg("dlogits"), py::arg("x"), py::arg("gate"),
              py::arg("rows"), py::arg("slot_to_row"), py::arg("dx"), py::arg("dgate"), py::arg("parts"),
-             py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("top_k"), py::arg("dtype"),
-             py::arg("gate_dtype"), py::arg("stream"));
+             py::arg("num_tokens"), py::arg("depth"), py::arg("num_experts"), py::arg("top_k"), py::arg("beside"),
+             py::arg("dtype"), py::arg("gate_dtype"), py::arg("stream"));
   module.def("topk_softmax", &topk_softmax, Unlocked(), py::arg("logits"), py::arg("weights"), py::arg("ids"),
              py::arg("probs"), py::arg("num_tokens"), py::arg("num_experts"), py::arg("top_k"), py::arg("stream"));
   module.def("topk_softmax_backward", &topk_softmax_backward, Unlocked(), py::arg("dweights"), py::arg("dprobs"),

@@ -355,7 +355,7 @@ cudaError_t route(const void* x, const void* gate, float* weights, int32_t* ids,
   const cudaError_t error =
       launch_place(ids, table, plan, wanted, dispatch, num_slots, num_experts, overlaps && num_tokens > 0, stream);
   if (error != cudaSuccess || rows == nullptr || at_once) return error;
-  return dit_moe_permute(x, plan.row_to_slot, plan.slot_to_row, rows, num_tokens, depth, top_k, dtype, stream);
+  return dit_moe_permute(x, plan.row_to_slot, plan.slot_to_row, rows, num_tokens, depth, top_k, 0, dtype, stream);
 }
 
 }  // namespace dit_moe

@@ -4,6 +4,7 @@
 // gate, whose parts are added up behind. The E numbers of a token all threads of a warp read at the same address.
 #include <algorithm>
 
+#include "early_start.cuh"
 #include "router_inputs.cuh"
 
 namespace dit_moe {
@@ -31,6 +32,7 @@ struct Arguments {
   int64_t part_tokens;
   unsigned words;  // of a row of x
   int depth, num_experts, top_k, num_parts;
+  bool beside;  // see launch.h
 };
 
 // Neighbouring elements as floats, in whole words of 16 bytes.
@@ -118,6 +120,7 @@ __global__ void __launch_bounds__(kThreads) tokens_kernel(const Arguments argume
       if (token + t < count) store(dx + (token + t) * static_cast<int64_t>(arguments.words), pack<L>(sum[t]));
     }
   }
+  outlast_previous();
 }
 
 // parts[p, e] = sum over the tokens t of part p of dlogits[t, e] x[t], in the order of t, for kExperts experts. A
@@ -169,6 +172,7 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const Arguments argumen
       }
     }
   }
+  outlast_previous();
   if (!valid) return;
   const int64_t row = static_cast<int64_t>(blockIdx.y) * arguments.num_experts + first_expert;
   float* out = arguments.parts + row * arguments.depth + quad * kColumns;
@@ -223,8 +227,7 @@ cudaError_t launch_parts(Arguments& arguments, cudaStream_t stream) {
   const dim3 grid(columns.blocks, static_cast<unsigned>(arguments.num_parts),
                   static_cast<unsigned>(ceil_div(arguments.num_experts, few ? 8 : 16)));
   const auto kernel = few ? parts_kernel<X, 8> : parts_kernel<X, 16>;
-  kernel<<<grid, columns.threads, 0, stream>>>(arguments);
-  return cudaGetLastError();
+  return launch_kernel(kernel, grid, columns.threads, arguments.beside, stream, arguments);
 }
 
 template <typename X, typename Gate>
@@ -233,8 +236,10 @@ cudaError_t launch(Arguments arguments, cudaStream_t stream) {
   if (arguments.dx != nullptr && arguments.num_tokens > 0) {
     const Columns columns(arguments.words);
     const dim3 grid(static_cast<unsigned>(ceil_div(arguments.num_tokens, kBlockTokens)), columns.blocks);
-    tokens_kernel<X, Gate><<<grid, columns.threads, 0, stream>>>(arguments);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    const cudaError_t error =
+        launch_kernel(tokens_kernel<X, Gate>, grid, columns.threads, arguments.beside, stream, arguments);
+    if (error != cudaSuccess || arguments.dgate == nullptr) return error;
+    arguments.beside = false;  // the next one's predecessor is this one
   }
   if (arguments.dgate == nullptr) return cudaSuccess;
   if (const cudaError_t error = launch_parts<X>(arguments, stream); error != cudaSuccess) return error;
@@ -249,7 +254,8 @@ cudaError_t launch(Arguments arguments, cudaStream_t stream) {
 extern "C" cudaError_t dit_moe_router_gradients(const float* dlogits, const void* x, const void* gate, const void* rows,
                                                 const int32_t* slot_to_row, void* dx, void* dgate, float* parts,
                                                 int64_t num_tokens, int64_t depth, int64_t num_experts, int64_t top_k,
-                                                DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream) {
+                                                int32_t beside, DitMoeDtype dtype, DitMoeDtype gate_dtype,
+                                                cudaStream_t stream) {
   using namespace dit_moe;
   constexpr int64_t max_depth = 1 << 26;  // a grid's second dimension
   if (!valid_router(x, gate, num_tokens, depth, num_experts, dtype, gate_dtype) || depth > max_depth) {
@@ -275,6 +281,7 @@ extern "C" cudaError_t dit_moe_router_gradients(const float* dlogits, const void
   arguments.num_tokens = num_tokens;
   arguments.depth = static_cast<int>(depth);
   arguments.num_experts = static_cast<int>(num_experts);
+  arguments.beside = beside != 0;
   return with_router_types(dtype, gate_dtype, [&](auto x_type, auto gate_type) {
     return launch<decltype(x_type), decltype(gate_type)>(arguments, stream);
   });

@@ -22,10 +22,12 @@ typedef int32_t DitMoeDtype;
 enum { DIT_MOE_FLOAT32 = 0, DIT_MOE_FLOAT16 = 1, DIT_MOE_BFLOAT16 = 2 };
 
 // Dispatch: out[slot_to_row[slot]] = x[slot / top_k] for every slot whose row is not -1, and zeros in the rows whose
-// row_to_slot is -1. The two are inverse to each other.
+// row_to_slot is -1. The two are inverse to each other. beside: it may run while the kernel in front of it on the
+// stream still does, a grouped product, and neither may touch what the other writes; what comes behind waits for both.
 //   x (T, D) dtype, row_to_slot (N,) int32, slot_to_row (N,) int32 -> out (N, D) dtype
 cudaError_t dit_moe_permute(const void* x, const int32_t* row_to_slot, const int32_t* slot_to_row, void* out,
-                            int64_t num_tokens, int64_t width, int64_t top_k, DitMoeDtype dtype, cudaStream_t stream);
+                            int64_t num_tokens, int64_t width, int64_t top_k, int32_t beside, DitMoeDtype dtype,
+                            cudaStream_t stream);
 
 // Combine: out[t] = sum over k of weights[t, k] * y[slot_to_row[t * top_k + k]], in fp32, in the order of k, +
 // addend[t] before the one rounding to dtype. A slot whose row is -1 adds nothing, whatever its weight. weights may be
@@ -122,14 +124,14 @@ cudaError_t dit_moe_router_logits(const void* x, const void* gate, float* logits
 
 // Gradients of the above for x and for the gate, in fp32: dx = each token's rows + dlogits gate, dgate = dlogits^T x.
 // The rows and slot_to_row, dx or dgate may be NULL; parts is only needed for the latter. D is at most 2^26, and K is
-// at most E.
+// at most E. beside: as for dit_moe_permute.
 //   dlogits (T, E) fp32, x (T, D), rows (N, D) dtype, slot_to_row (T * K,) int32, -1 for none, gate (E, D) gate_dtype
 //   -> dx (T, D) dtype, dgate (E, D) gate_dtype; parts (DIT_MOE_ROUTER_PARTS, E, D) fp32 is workspace
 enum { DIT_MOE_ROUTER_PARTS = 256 };
 cudaError_t dit_moe_router_gradients(const float* dlogits, const void* x, const void* gate, const void* rows,
                                      const int32_t* slot_to_row, void* dx, void* dgate, float* parts,
                                      int64_t num_tokens, int64_t depth, int64_t num_experts, int64_t top_k,
-                                     DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream);
+                                     int32_t beside, DitMoeDtype dtype, DitMoeDtype gate_dtype, cudaStream_t stream);
 
 // probs = softmax(logits) over the experts, then each token's top_k largest in descending order, ties to the lower id.
 // A NaN or +inf in a row makes its probs and weights NaN; its ids are distinct and valid all the same.

@@ -64,8 +64,8 @@ class Pipeline {
  public:
   // What a kind of block with a finishing warpgroup says otherwise: with finish(), it has four of 512 registers in all.
   static constexpr bool kFinishes = false;
-  // And what one says that may run beside the kernels in front of it and behind it, see Start; one that can start with
-  // the weights alone; and whether it was. It then lets the next kernel start only when it may read the offsets.
+  // And what one says that can start beside the kernel in front of it, see Start; one that can start with the weights
+  // alone; and whether it was. It then lets the next kernel start only when it may read the offsets, others at once.
   static constexpr bool kOverlaps = false;
   static constexpr bool kGuesses = false;
   static __device__ __forceinline__ bool guesses() { return false; }
@@ -305,9 +305,7 @@ __global__ void __launch_bounds__(kThreads<Block>, 1)
   if (threadIdx.x == 0) {
     prefetch_map(&map_a);
     prefetch_map(&map_b);
-    if constexpr (Block::kOverlaps) {
-      if (!block.guesses()) let_next_start();
-    }
+    if (!block.guesses()) let_next_start();
     block.init_barriers(1 + Block::Layout::kConsumerWarps + (Block::kFinishes ? kGroupThreads / 32 : 0));
   }
   if constexpr (Block::kCluster > 1) {

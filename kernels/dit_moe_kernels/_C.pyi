@@ -17,6 +17,7 @@ def permute(
     num_tokens: int,
     width: int,
     top_k: int,
+    beside: int,
     dtype: int,
     stream: int,
 ) -> None: ...
@@ -163,6 +164,7 @@ def router_gradients(
     depth: int,
     num_experts: int,
     top_k: int,
+    beside: int,
     dtype: int,
     gate_dtype: int,
     stream: int,

@@ -82,7 +82,7 @@ def check_addend(addend: Tensor, x: Tensor) -> None:
 
 
 # The plan's tensors as the ops take them, in RoutingPlan's order from expert_offsets to tile_rows.
-_PLAN_SCHEMA = (
+PLAN_SCHEMA = (
     "Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor tile_expert, Tensor tile_row, int tile_rows"
 )
 
@@ -149,7 +149,7 @@ def _backward(ctx: Any, grad: Tensor | None, _dh: None) -> tuple[Tensor | None, 
 
 
 _expert_ffn = define_op(
-    f"expert_ffn(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor? addend, {_PLAN_SCHEMA}, bool save_h,"
+    f"expert_ffn(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor? addend, {PLAN_SCHEMA}, bool save_h,"
     " str backend) -> (Tensor, Tensor)",
     run_forward,
     _forward_fake,
@@ -180,7 +180,7 @@ def _backward_fake(grad: Tensor, h: Tensor, x: Tensor, w13: Tensor, w2: Tensor, 
 # For w13, w2, the weights and the rows of x, which are still to be combined into tokens.
 expert_ffn_gradients = define_op(
     "expert_ffn_backward(Tensor grad, Tensor h, Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, "
-    f"{_PLAN_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{PLAN_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )

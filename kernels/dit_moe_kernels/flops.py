@@ -69,6 +69,22 @@ def _routed_ffn(
     return _product(x, gate) + _expert_ffn(x, w13, w2, (x[0], top_k))
 
 
+def _routed_ffn_backward(
+    grad: Shape,
+    dprobs: Shape | None,
+    h: Shape,
+    x: Shape,
+    gate: Shape,
+    w13: Shape,
+    w2: Shape,
+    topk_weights: Shape,
+    *rest: Any,
+    **__: Any,
+) -> int:
+    *_, wants_dx, wants_dgate, _backend = rest
+    return (wants_dx + wants_dgate) * _product(x, gate) + 2 * _expert_ffn(x, w13, w2, topk_weights)
+
+
 def _routed_rows(x: Shape, gate: Shape, w13: Shape, w2: Shape, top_k: int, *_: Any, **__: Any) -> int:
     return _routed_ffn(x, gate, w13, w2, None, top_k)
 
@@ -92,4 +108,5 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "grouped_gemm_dw": _weight_gradient,
     "expert_ffn": _expert_ffn,
     "expert_ffn_backward": _expert_ffn_backward,
+    "routed_ffn_backward": _routed_ffn_backward,
 }

@@ -135,22 +135,27 @@ def route_gradients(
     scale: float,
     wanted: Sequence[bool],
     backend: str,
-    rows: Tensor | None = None,
-    slot_to_row: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients for x and gate from those of the weights, of probs and of the balance.
 
-    scale: what `balance_scale` says. wanted: of x and gate. rows, slot_to_row: see `logits_gradients`; where there are
-    rows, the weights have a gradient.
+    scale: what `balance_scale` says. wanted: of x and gate.
     """
     dweights, dprobs, dbalance = grads
-    if dbalance is not None and scale != 0:
-        load = (dbalance * scale * tokens_per_expert.to(probs.dtype)).expand(probs.shape)
-        dprobs = load if dprobs is None else dprobs + load
+    dprobs = probs_gradient(dprobs, dbalance, probs, tokens_per_expert, scale)
     if not any(wanted[:2]) or (dweights is None and dprobs is None):
         return None, None
     dlogits = router.topk_softmax_gradient(dweights, dprobs, ids, probs, backend)
-    return router.logits_gradients(dlogits, x, gate, wanted, backend, rows, slot_to_row)
+    return router.logits_gradients(dlogits, x, gate, wanted, backend)
+
+
+def probs_gradient(
+    dprobs: Tensor | None, dbalance: Tensor | None, probs: Tensor, tokens_per_expert: Tensor, scale: float
+) -> Tensor | None:
+    """dprobs and what the balance's gradient adds to it; scale: what `balance_scale` says."""
+    if dbalance is None or scale == 0:
+        return dprobs
+    load = (dbalance * scale * tokens_per_expert.to(probs.dtype)).expand(probs.shape)
+    return load if dprobs is None else dprobs + load
 
 
 _route = define_op(

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, configs, reference, router
-from .expert_ffn import check_addend, check_expert_weights, expert_ffn, expert_ffn_gradients, run_forward
+from .expert_ffn import (
+    PLAN_SCHEMA,
+    check_addend,
+    check_expert_weights,
+    expert_ffn,
+    expert_ffn_gradients,
+    run_forward,
+)
 from .library import define_op
-from .route import balance_scale, route, route_fake, route_gradients, run_route
+from .route import balance_scale, probs_gradient, route, route_fake, route_gradients, run_route
 
 
 class RoutedFFN(NamedTuple):
@@ -164,12 +171,14 @@ def _train_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _train_backward(ctx: Any, dout: Tensor | None, dprobs: Tensor | None, _: None, dbalance: Tensor | None, *__: None):
     x, gate, w13, w2, probs, counts, weights, ids, *maps, h = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    dx_rows = dw13 = dw2 = dweights = None
+    dw13 = dw2 = None
     if dout is not None and any(wanted[:4]):
-        inputs = h, x, w13, w2, weights, *maps
-        dx_rows, dw13, dw2, dweights = expert_ffn_gradients(dout, *inputs, ctx.tile_rows, ctx.backend)
-    routing = x, gate, ids, probs, counts, ctx.scale, wanted, ctx.backend
-    dx, dgate = route_gradients((dweights, dprobs, dbalance), *routing, dx_rows, maps[2])
+        dprobs = probs_gradient(dprobs, dbalance, probs, counts, ctx.scale)
+        layer = x, gate, w13, w2, weights, ids, probs, *maps, ctx.tile_rows
+        dx, dgate, dw13, dw2 = _routed_ffn_gradients(dout, dprobs, h, *layer, *wanted[:2], ctx.backend)
+    else:
+        routing = x, gate, ids, probs, counts, ctx.scale, wanted, ctx.backend
+        dx, dgate = route_gradients((None, dprobs, dbalance), *routing)
     grads = dx, dgate, dw13, dw2, dout
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=False)), *(None,) * 4
 
@@ -181,4 +190,51 @@ _routed_ffn_train = define_op(
     _train_fake,
     setup_context=_train_setup,
     backward=_train_backward,
+)
+
+
+def _backward_impl(
+    grad: Tensor,
+    dprobs: Tensor | None,
+    h: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    probs: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *plan, wants_dx, wants_dgate, backend = rest
+    if backend == "cuda":
+        from .cuda_impl import routed_ffn as kernels
+
+        tensors = (
+            None if t is None else t.contiguous() for t in (grad, dprobs, h, x, gate, w13, w2, weights, ids, probs)
+        )
+        arguments: list[Any] = [*tensors, *plan[:3], wants_dx, wants_dgate]
+        dx, dgate, dw13, dw2 = kernels.routed_ffn_backward(*arguments)
+    else:
+        dx_rows, dw13, dw2, dweights = expert_ffn_gradients(grad, h, x, w13, w2, weights, *plan, backend)
+        dlogits = router.topk_softmax_gradient(dweights, dprobs, ids, probs, backend)
+        dx, dgate = router.logits_gradients(dlogits, x, gate, (wants_dx, wants_dgate), backend, dx_rows, plan[2])
+    return x.new_empty(0) if dx is None else dx, gate.new_empty(0) if dgate is None else dgate, dw13, dw2
+
+
+def _backward_fake(
+    grad: Tensor, dprobs: Any, h: Any, x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *_, wants_dx, wants_dgate, _backend = rest
+    dx, dgate = x.new_empty(x.shape if wants_dx else (0,)), gate.new_empty(gate.shape if wants_dgate else (0,))
+    return dx, dgate, w13.new_empty(w13.shape), w2.new_empty(w2.shape)
+
+
+# dx and dgate have no elements where they are not wanted.
+_routed_ffn_gradients = define_op(
+    "routed_ffn_backward(Tensor grad, Tensor? dprobs, Tensor h, Tensor x, Tensor gate, Tensor w13, Tensor w2,"
+    f" Tensor topk_weights, Tensor topk_ids, Tensor probs, {PLAN_SCHEMA}, bool wants_dx, bool wants_dgate,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
 )

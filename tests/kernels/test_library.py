@@ -57,6 +57,10 @@ def op_samples(target) -> dict[str, tuple]:
             rand(t, d, grad=True), rand(e, d, grad=True), rand(e, 2 * f, d, grad=True), rand(e, d, f, grad=True),
             rand(t, d, grad=True), k, 0.1, True, name,
         ),
+        "routed_ffn_backward": (
+            rand(t, d), router(t, e), rand(n, 2 * f), rand(t, d), rand(e, d), rand(e, 2 * f, d), rand(e, d, f),
+            router(t, k), ids.clamp(min=0).int(), router(t, e).softmax(1), *whole_plan, True, True, name,
+        ),
         "routed_rows": (
             rand(t, d), rand(e, d), rand(e, 2 * f, d), rand(e, d, f), k, "cuda" if name == "cuda" else "reference",
         ),

@@ -79,7 +79,7 @@ def arguments(
             "route": [rows, depth, experts, top_k, tile_rows, 0.5, *dtypes],
         }
         return [0] * ROUTING_OPS[op] + [*rest[op], 0]
-    sizes = [rows, width] if op in ACTIVATIONS else [rows, width, top_k]
+    sizes = [rows, width] if op in ACTIVATIONS else [rows, width, top_k, *([0] if op == "permute" else [])]
     if op in PRODUCTS:
         sizes = [rows, depth, width, experts]
     if dtype is None:
@@ -283,13 +283,13 @@ def test_wrong_arguments_of_the_routing_are_refused(op, wrong):
     "wrong",
     [
         {8: -1}, {8: 2**31}, {9: 0}, {9: 6}, {9: 2**27}, {10: 0}, {10: 65}, {11: 0}, {11: 5}, {8: 2**30, 11: 4},
-        {12: BAD_DTYPE}, {13: BFLOAT16}, {1: 8}, {2: 8}, {3: 8}, {4: 0}, {5: 8}, {7: 8},
+        {13: BAD_DTYPE}, {14: BFLOAT16}, {1: 8}, {2: 8}, {3: 8}, {4: 0}, {5: 8}, {7: 8},
     ],
     ids=str,
 )  # fmt: skip
 def test_wrong_arguments_of_the_routers_gradients_are_refused(wrong):
     """By their places; with rows of up to as many choices as there are experts, 4."""
-    given = [0, 0, 0, 16, 16, 0, 0, 0, 0, 8, 4, 1, FLOAT32, FLOAT32, 0]
+    given = [0, 0, 0, 16, 16, 0, 0, 0, 0, 8, 4, 1, 0, FLOAT32, FLOAT32, 0]
     cuda_impl.extension().router_gradients(*given)
     for place, value in wrong.items():
         given[place] = value

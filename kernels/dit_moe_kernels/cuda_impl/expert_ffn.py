@@ -32,6 +32,21 @@ def expert_ffn(
     return unpermute(y, topk_weights, slot_to_row, top_k, addend), h
 
 
+def swiglu_backward(
+    grad: Tensor,
+    h: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows of grad, dh, the weighted activation, and the gradients for topk_weights."""
+    grad_rows = permute(grad, row_to_slot, slot_to_row, topk_weights.shape[1])
+    dh, weighted_a, dots = grouped_dswiglu(grad_rows, w2, h, topk_weights, row_to_slot, offsets)
+    return grad_rows, dh, weighted_a, unpermute(dots[:, None], None, slot_to_row, 1).view_as(topk_weights)
+
+
 def expert_ffn_backward(
     grad: Tensor,
     h: Tensor,
@@ -44,11 +59,10 @@ def expert_ffn_backward(
     slot_to_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for the rows of x, for w13, w2 and topk_weights."""
-    top_k = topk_weights.shape[1]
-    grad_rows = permute(grad, row_to_slot, slot_to_row, top_k)
-    dh, weighted_a, dots = grouped_dswiglu(grad_rows, w2, h, topk_weights, row_to_slot, offsets)
-    dtopk_weights = unpermute(dots[:, None], None, slot_to_row, 1).view_as(topk_weights)
+    maps = row_to_slot, slot_to_row
+    grad_rows, dh, weighted_a, dtopk_weights = swiglu_backward(grad, h, w2, topk_weights, offsets, *maps)
     dw2 = grouped_gemm_dw(grad_rows, weighted_a, offsets)
     del grad_rows, weighted_a
-    dw13 = grouped_gemm_dw(dh, permute(x, row_to_slot, slot_to_row, top_k), offsets)
-    return grouped_gemm_dx(dh, w13, offsets), dw13, dw2, dtopk_weights
+    dx_rows = grouped_gemm_dx(dh, w13, offsets)
+    x_rows = permute(x, *maps, topk_weights.shape[1], beside=True)
+    return dx_rows, grouped_gemm_dw(dh, x_rows, offsets), dw2, dtopk_weights

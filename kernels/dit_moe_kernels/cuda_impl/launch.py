@@ -2,6 +2,10 @@
 
 Tensors are CUDA tensors of the current device, which library.py sets, already checked, and contiguous where no stride
 is handed over. Nothing waits for the work, so all of it can be captured in a CUDA graph.
+
+Some kernels can run beside the grouped product launched right before them, on the multiprocessors that its last tiles
+leave idle (`beside`). Such a kernel reads nothing that the product writes. Nor may its results lie in memory that the
+product still reads: tensors that the product takes are kept until the next kernel, which waits for both, is launched.
 """
 
 from __future__ import annotations

@@ -11,11 +11,14 @@ from torch import Tensor
 from .launch import launch
 
 
-def permute(x_TD: Tensor, row_to_slot_N: Tensor, slot_to_row_N: Tensor, top_k: int) -> Tensor:
-    """Copy each token to the rows of its routed slots: x_TD -> x_ND; rows without a slot are zero."""
+def permute(x_TD: Tensor, row_to_slot_N: Tensor, slot_to_row_N: Tensor, top_k: int, *, beside: bool = False) -> Tensor:
+    """Copy each token to the rows of its routed slots: x_TD -> x_ND; rows without a slot are zero.
+
+    beside: see launch.py.
+    """
     num_tokens, width = x_TD.shape
     out_ND = x_TD.new_empty(row_to_slot_N.shape[0], width)
-    launch("permute", (x_TD, row_to_slot_N, slot_to_row_N, out_ND), (num_tokens, width, top_k), x_TD)
+    launch("permute", (x_TD, row_to_slot_N, slot_to_row_N, out_ND), (num_tokens, width, top_k, int(beside)), x_TD)
     return out_ND
 
 

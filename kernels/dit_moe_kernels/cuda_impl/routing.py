@@ -44,8 +44,13 @@ def router_gradients(
     slot_to_row: Tensor | None,
     wants_dx: bool,
     wants_dgate: bool,
+    *,
+    beside: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of router_logits for x_TD, to which each token's rows are added, and gate_ED, where they are wanted."""
+    """Gradients of router_logits for x_TD, to which each token's rows are added, and gate_ED, where they are wanted.
+
+    beside: see launch.py; x and gate are then `operands`.
+    """
     dtype = gate_ED.dtype
     x_TD, gate_ED = operands(x_TD, gate_ED)
     top_k = 0 if slot_to_row is None else slot_to_row.shape[0] // max(x_TD.shape[0], 1)
@@ -55,7 +60,7 @@ def router_gradients(
     launch(
         "router_gradients",
         (dlogits_TE, x_TD, gate_ED, None if rows_ND is None else aligned(rows_ND), slot_to_row, dx_TD, dgate_ED, parts),
-        (*x_TD.shape, gate_ED.shape[0], top_k),
+        (*x_TD.shape, gate_ED.shape[0], top_k, int(beside)),
         x_TD,
         (x_TD.dtype, gate_ED.dtype),
     )
