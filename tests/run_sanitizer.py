@@ -32,6 +32,7 @@ from dit_moe_kernels import (  # noqa: E402
     topk_softmax,
     unpermute,
 )
+from dit_moe_kernels.cuda_impl.grouped_gemm_dw import add_grouped_gemm_dw  # noqa: E402
 
 # tokens, experts, choices, model width, expert width, tile height
 SIZES = [(37, 4, 2, 72, 48, 16), (9, 3, 3, 33, 50, 16), (1, 8, 2, 40, 48, 16), (150, 2, 1, 64, 136, 128)]
@@ -52,7 +53,8 @@ MANY_TILES = [
     (400, 8, 2, 2304, 96),
     (200, 8, 2, 512, 1216),
 ]
-# height and width: with three consumers, and turned, with several tiles for each block
+# height and width: stored beside the next tile's products, added to with three consumers, and turned; several tiles for
+# each block
 WEIGHT_SIZES = [(184, 4904), (2456, 360)]
 HEAD_SIZES = [(2, 5, 3, 72), (1, 3, 2, 24), (1, 9, 5, 128)]  # images, tokens, heads, width
 
@@ -107,7 +109,8 @@ def run_weight_gradients(dtype: torch.dtype) -> None:
     for height, width in WEIGHT_SIZES:
         grad = torch.randn(410, height, device="cuda", dtype=dtype)
         x = torch.randn(410, width, device="cuda", dtype=dtype)
-        torch.ops.dit_moe.grouped_gemm_dw(grad, x, offsets, "cuda")
+        dw = torch.ops.dit_moe.grouped_gemm_dw(grad, x, offsets, "cuda")
+        add_grouped_gemm_dw(dw, grad, x, offsets)
     torch.cuda.synchronize()
 
 

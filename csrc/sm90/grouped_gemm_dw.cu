@@ -62,7 +62,8 @@ cudaError_t launch_fastest(const WeightProblem& problem) {
   const bool is_stored = !problem.is_float && !problem.accumulate;
   const WeightShape best = fastest(shapes, [&](WeightShape shape) {
     if (shape.turned && !is_stored) return std::numeric_limits<double>::infinity();
-    return expected_weight_time(shape, problem.num_experts, problem.height, problem.width, multiprocessors);
+    return expected_weight_time(shape, problem.rows, problem.num_experts, problem.height, problem.width,
+                                multiprocessors, is_stored);
   });
   const auto launch_if_best = [&](auto option) {
     constexpr WeightShape shape = decltype(option)::kShape;

@@ -94,16 +94,20 @@ inline bool operator==(WeightShape a, WeightShape b) {
 constexpr int rows_of(WeightShape shape) { return shape.columns == kWideColumns ? kWideColumns : kTileM; }
 
 // In rounds of the whole GPU times columns of 128 elements. A wide pair fetches more: the operand that it shares is the
-// narrow one. (176 columns, which divide the G layer's 1408, were measured slower there than 192 with their idle
-// columns.)
-inline double expected_weight_time(WeightShape shape, int64_t num_experts, int64_t height, int64_t width,
-                                   int multiprocessors) {
+// narrow one. Three consumers have no registers to store a tile beside the products of the next, as two can
+// (stores_beside), which counts where a tile is done in a few steps. (176 columns, which divide the G layer's 1408,
+// were measured slower there than 192 with their idle columns.)
+inline double expected_weight_time(WeightShape shape, int64_t rows, int64_t num_experts, int64_t height, int64_t width,
+                                   int multiprocessors, bool stores_beside) {
   if (shape.turned) std::swap(height, width);
   const int64_t tiles = ceil_div(height, rows_of(shape) * (shape.tall ? 2 : 1)) *
                         ceil_div(width, shape.columns * (shape.tall ? 1 : 2)) * num_experts;
   const int64_t rounds = ceil_div(tiles, multiprocessors / 2);
   const double narrow = shape.columns <= 128 ? 1.09 : 1.0;
-  return static_cast<double>(rounds * shape.columns * rows_of(shape)) / kTileM * narrow * (shape.tall ? 1.0 : 1.03);
+  const double mean = std::max(static_cast<double>(rows) / static_cast<double>(num_experts), 1.0);
+  const double stored = stores_beside && shape.columns == kWideColumns ? 1.0 + 83.0 / mean : 1.0;
+  return static_cast<double>(rounds * shape.columns * rows_of(shape)) / kTileM * narrow * stored *
+         (shape.tall ? 1.0 : 1.03);
 }
 
 }  // namespace dit_moe::sm90

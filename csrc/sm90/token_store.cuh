@@ -7,11 +7,11 @@
 namespace dit_moe::sm90 {
 
 // Stores `rows` tokens of 64 columns from `out` on, or of `columns` if these are fewer.
-// staging: the warpgroup's. Rounded and packed, pairs[2 j] of warp w's lane l holds tokens 8 j + 2 (l % 4) (+ 1) of
-// column 16 w + l / 4, and pairs[2 j + 1] those of column 16 w + l / 4 + 8.
-template <typename Element, int kHeight>
-__device__ __forceinline__ void store_tokens(uint32_t staging, int group, Element* out, int64_t stride, int rows,
-                                             int columns, const float (&accumulators)[kHeight / 2]) {
+// staging: the warpgroup's. pairs[2 j] of warp w's lane l holds tokens 8 j + 2 (l % 4) (+ 1) of column 16 w + l / 4,
+// rounded, and pairs[2 j + 1] those of column 16 w + l / 4 + 8.
+template <int kHeight, typename Element>
+__device__ __forceinline__ void store_token_pairs(uint32_t staging, int group, Element* out, int64_t stride, int rows,
+                                                  int columns, const uint32_t* pairs) {
   constexpr int tokens = 32;  // of a chunk; two take turns
   constexpr int chunk_bytes = tokens * 128;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
@@ -22,11 +22,6 @@ __device__ __forceinline__ void store_tokens(uint32_t staging, int group, Elemen
   const uint32_t read = address(token, place);
   const bool valid = place < columns;
   out += token * stride + place;
-  uint32_t pairs[kHeight / 4];
-#pragma unroll
-  for (int i = 0; i < kHeight / 4; ++i) {
-    pairs[i] = round_pair<Element>(accumulators[2 * i], accumulators[2 * i + 1]);
-  }
   synchronize_group(group);  // some may still read what was stored before
 #pragma unroll
   for (int first = 0; first < kHeight; first += tokens) {
@@ -46,6 +41,18 @@ __device__ __forceinline__ void store_tokens(uint32_t staging, int group, Elemen
       if (valid && token + row < rows) __stcs(reinterpret_cast<uint4*>(out + row * stride), value);
     }
   }
+}
+
+// The same from accumulators.
+template <typename Element, int kHeight>
+__device__ __forceinline__ void store_tokens(uint32_t staging, int group, Element* out, int64_t stride, int rows,
+                                             int columns, const float (&accumulators)[kHeight / 2]) {
+  uint32_t pairs[kHeight / 4];
+#pragma unroll
+  for (int i = 0; i < kHeight / 4; ++i) {
+    pairs[i] = round_pair<Element>(accumulators[2 * i], accumulators[2 * i + 1]);
+  }
+  store_token_pairs<kHeight>(staging, group, out, stride, rows, columns, pairs);
 }
 
 }  // namespace dit_moe::sm90

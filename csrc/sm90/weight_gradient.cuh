@@ -34,6 +34,10 @@ struct WeightConfig {
   using Layout = SharedLayout<kStripsA * kStripBytes, kStripsB * kStripBytes, kGroups>;
   static constexpr int kStagger = kGroups == 2 ? 2 : 0;  // K steps by which the first of two consumers leads
   static constexpr int kPrefetchSteps = 8;               // K steps before the end that old gradients are asked for
+  // Whether a tile that is stored in 16 bits is stored beside the products of the next one, for which two consumers
+  // have the registers; in so many pieces.
+  static constexpr bool kStoresBeside = kGroups == 2;
+  static constexpr int kPieces = kTileN / kStagingColumns;
 };
 
 struct WeightArguments {
@@ -89,6 +93,51 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
   }
 
   __device__ __forceinline__ void consume(int group) const {
+    if constexpr (C::kTurned) {
+      multiply_and_store(group);
+    } else if (C::kStoresBeside && !arguments_.is_float && !arguments_.accumulate) {
+      multiply_and_store(group);
+    } else {
+      multiply_then_store(group);
+    }
+  }
+
+ private:
+  // A tile is stored, piece by piece, beside the products of the next.
+  __device__ __forceinline__ void multiply_and_store(int group) const {
+    float accumulators[C::kTileN / 2];
+    uint32_t pairs[C::kTileN / 4] = {};  // of the tile before
+    QueueRing queue;
+    typename Base::StageRing ring;
+    WeightTile tile, before{};
+    bool more = this->next_tile(queue, tile), stored = false;
+    int lead = min(C::kStagger, steps_of(tile));
+    while (more) {
+      this->template drain<C::kPieces + 1>(
+          ring, steps_of(tile), group, lead, accumulators,
+          [&](int stage, int step) { multiply(stage, group, step, accumulators); }, [](int) {},
+          [&](int piece) {
+            if (piece < C::kPieces) {
+              if (stored) store_piece(before, group, piece, pairs);
+            } else {
+              before = tile;
+              stored = true;
+              more = this->next_tile(queue, tile);
+            }
+          });
+      lead = 0;
+#pragma unroll
+      for (int i = 0; i < C::kTileN / 4; ++i) {
+        pairs[i] = round_pair<Element>(accumulators[2 * i], accumulators[2 * i + 1]);
+      }
+      pin(pairs);
+    }
+    if (!stored) return;
+#pragma unroll
+    for (int piece = 0; piece < C::kPieces; ++piece) store_piece(before, group, piece, pairs);
+  }
+
+  __device__ __forceinline__ void multiply_then_store(int group) const {
     float accumulators[C::kTileN / 2];
     QueueRing queue;
     typename Base::StageRing ring;
@@ -103,13 +152,12 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
           ring, steps, group, lead, accumulators,
           [&](int stage, int step) { multiply(stage, group, step, accumulators); },
           [&](int step) {
-            if (!C::kTurned && step == prefetch_step) prefetch(tile, group);
+            if (step == prefetch_step) prefetch(tile, group);
           });
       store(tile, group, accumulators);
     }
   }
 
- private:
   static __device__ __forceinline__ int steps_of(const WeightTile& tile) {
     return max((tile.end - tile.start + kTileK - 1) / kTileK, 1);
   }
@@ -169,17 +217,29 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
     }
   }
 
-  __device__ __forceinline__ void store(const WeightTile& tile, int group, const float (&acc)[C::kTileN / 2]) const {
-    const int warp = warp_of(group), column = column_of(tile), width = arguments_.width;
-    const uint32_t buffer = staging(warp);
+  // pairs: of the tile, packed accumulators.
+  __device__ __forceinline__ void store_piece(const WeightTile& tile, int group, int piece,
+                                              const uint32_t (&pairs)[C::kTileN / 4]) const {
+    const int column = column_of(tile) + piece * kStagingColumns, width = arguments_.width;
+    const int first = piece * kStagingColumns / 4;
     if constexpr (C::kTurned) {
       const int64_t height = arguments_.height;
       const int row = row_of(tile) + group * 64;
       Element* const dw = static_cast<Element*>(arguments_.dw) + (int64_t{tile.expert} * width + column) * height + row;
-      store_tokens<Element, C::kTileN>(this->group_staging(group), group, dw, height, width - column,
-                                       arguments_.height - row, acc);
+      store_token_pairs<kStagingColumns>(this->group_staging(group), group, dw, height, width - column,
+                                         arguments_.height - row, pairs + first);
       __syncwarp();  // the compiler then knows the warp to be whole again, as in next_tile
-    } else if (arguments_.is_float) {
+    } else {
+      const int warp = warp_of(group);
+      store_columns<kStagingColumns>(staging(warp), row_block<Element>(tile, warp), column, width,
+                                     [&](int i, int q) { return pairs[first + 4 * i + q]; });
+    }
+  }
+
+  __device__ __forceinline__ void store(const WeightTile& tile, int group, const float (&acc)[C::kTileN / 2]) const {
+    const int warp = warp_of(group), column = column_of(tile), width = arguments_.width;
+    const uint32_t buffer = staging(warp);
+    if (arguments_.is_float) {
       add_tile<C::kTileN>(buffer, row_block<float>(tile, warp), column, width, arguments_.accumulate, acc);
     } else if (arguments_.accumulate) {
       add_tile<C::kTileN>(buffer, row_block<Element>(tile, warp), column, width, true, acc);

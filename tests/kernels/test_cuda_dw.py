@@ -22,9 +22,11 @@ SPLITS = {
     "no_row": ([0, 0], 0),
     "many_experts": ([(7 * i) % 41 for i in range(160)], 3),
 }
-# Every compiled shape of a tile, with an H100's 66 clusters and three to seven experts: multiples of 256, 192 and
-# 128 columns; an odd number of 128 rows (wide pairs); widths that no tile divides; the last three 192 columns in wide
-# pairs, and turned products.
+# With so many rows that three consumers are worth it, though they cannot store beside the next products.
+MANY_ROWS = ([4300, 1, 9000, 63, 4100, 5000, 6000], 3)
+# Shapes of a tile, with an H100's 66 clusters and three to seven experts: multiples of 256, 192 and 128 columns; an odd
+# number of 128 rows (wide pairs); widths that no tile divides; the last three wide pairs, and turned products. Where
+# rows are few, three consumers (192 columns) are taken in test_accumulation alone.
 SHAPES = [
     (512, 1024), (1152, 4608), (9216, 1152), (1152, 384), (2816, 1408), (384, 1536), (384, 128), (128, 128), (8, 8),
     (136, 264), (72, 1000), (1000, 72), (1160, 200), (640, 768), (1408, 176),
@@ -42,7 +44,7 @@ def _hopper():
 
 def make_rows(target, split: str, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """grad, x, offsets and counts; rows that belong to no expert hold NaN and infinity."""
-    counts, unused = SPLITS[split]
+    counts, unused = MANY_ROWS if split == "many_rows" else SPLITS[split]
     used = sum(counts)
     grad, x = randn(used + unused, height, target=target), randn(used + unused, width, target=target)
     grad[used:], x[used:] = torch.nan, torch.inf
@@ -94,6 +96,13 @@ def test_shapes(target, shape):
     check_dw(target, "unused_rows", *shape)
 
 
+@pytest.mark.parametrize("shape", [(184, 4904), (4904, 184)], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_many_rows(target, shape):
+    """192 columns, in wide and in tall pairs, stored."""
+    check_dw(target, "many_rows", *shape)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_neighbours_do_not_leak(target):
     """Rows of other experts hold NaN and infinity: only those experts' gradients may show it."""
@@ -107,7 +116,7 @@ def test_neighbours_do_not_leak(target):
 
 
 @pytest.mark.parametrize(
-    "shape", [(512, 1024), (2816, 1408), (200, 328), (1152, 384), (128, 128), (2456, 360)], ids=str
+    "shape", [(512, 1024), (2816, 1408), (200, 328), (1152, 384), (128, 128), (2456, 360), (184, 4904)], ids=str
 )
 @pytest.mark.parametrize("split", ["ragged", "empty_experts", "unused_rows", "no_row"])
 @pytest.mark.parametrize("sum_dtype", [None, FP32], ids=["same", "fp32"])
