@@ -28,6 +28,13 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high) {
   return bits;
 }
 
+// Neighbours among accumulators, rounded and packed.
+template <typename Element, int kCount>
+__device__ __forceinline__ void round_pairs(const float (&accumulators)[2 * kCount], uint32_t (&pairs)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) pairs[i] = round_pair<Element>(accumulators[2 * i], accumulators[2 * i + 1]);
+}
+
 template <typename Element>
 __device__ __forceinline__ float2 widen_pair(uint32_t bits) {
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {

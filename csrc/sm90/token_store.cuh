@@ -48,10 +48,7 @@ template <typename Element, int kHeight>
 __device__ __forceinline__ void store_tokens(uint32_t staging, int group, Element* out, int64_t stride, int rows,
                                              int columns, const float (&accumulators)[kHeight / 2]) {
   uint32_t pairs[kHeight / 4];
-#pragma unroll
-  for (int i = 0; i < kHeight / 4; ++i) {
-    pairs[i] = round_pair<Element>(accumulators[2 * i], accumulators[2 * i + 1]);
-  }
+  round_pairs<Element, kHeight / 4>(accumulators, pairs);
   store_token_pairs<kHeight>(staging, group, out, stride, rows, columns, pairs);
 }
 

@@ -126,10 +126,7 @@ class WeightBlock : public Pipeline<typename C::Layout, C::kCluster> {
             }
           });
       lead = 0;
-#pragma unroll
-      for (int i = 0; i < C::kTileN / 4; ++i) {
-        pairs[i] = round_pair<Element>(accumulators[2 * i], accumulators[2 * i + 1]);
-      }
+      round_pairs<Element, C::kTileN / 4>(accumulators, pairs);
       pin(pairs);
     }
     if (!stored) return;
