@@ -82,7 +82,8 @@ def _routed_ffn_backward(
     **__: Any,
 ) -> int:
     *_, wants_dx, wants_dgate, _backend = rest
-    return (wants_dx + wants_dgate) * _product(x, gate) + 2 * _expert_ffn(x, w13, w2, topk_weights)
+    routing = _router_gradients(grad, x, gate, None, None, wants_dx, wants_dgate)
+    return routing + _expert_ffn_backward(grad, h, x, w13, w2, topk_weights)
 
 
 def _routed_rows(x: Shape, gate: Shape, w13: Shape, w2: Shape, top_k: int, *_: Any, **__: Any) -> int:

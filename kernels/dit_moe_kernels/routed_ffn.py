@@ -210,24 +210,21 @@ def _backward_impl(
     if backend == "cuda":
         from .cuda_impl import routed_ffn as kernels
 
-        tensors = (
-            None if t is None else t.contiguous() for t in (grad, dprobs, h, x, gate, w13, w2, weights, ids, probs)
-        )
-        arguments: list[Any] = [*tensors, *plan[:3], wants_dx, wants_dgate]
-        dx, dgate, dw13, dw2 = kernels.routed_ffn_backward(*arguments)
+        tensors: list[Any] = [t.contiguous() for t in (h, x, gate, w13, w2, weights, ids, probs)]
+        arguments = *tensors, *plan[:3], wants_dx, wants_dgate
+        dx, dgate, dw13, dw2 = kernels.routed_ffn_backward(grad.contiguous(), dprobs, *arguments)
     else:
         dx_rows, dw13, dw2, dweights = expert_ffn_gradients(grad, h, x, w13, w2, weights, *plan, backend)
         dlogits = router.topk_softmax_gradient(dweights, dprobs, ids, probs, backend)
         dx, dgate = router.logits_gradients(dlogits, x, gate, (wants_dx, wants_dgate), backend, dx_rows, plan[2])
-    return x.new_empty(0) if dx is None else dx, gate.new_empty(0) if dgate is None else dgate, dw13, dw2
+    return *router.or_empty(dx, dgate, x, gate), dw13, dw2
 
 
 def _backward_fake(
     grad: Tensor, dprobs: Any, h: Any, x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *_, wants_dx, wants_dgate, _backend = rest
-    dx, dgate = x.new_empty(x.shape if wants_dx else (0,)), gate.new_empty(gate.shape if wants_dgate else (0,))
-    return dx, dgate, w13.new_empty(w13.shape), w2.new_empty(w2.shape)
+    return *router.gradients_fake(x, gate, wants_dx, wants_dgate), w13.new_empty(w13.shape), w2.new_empty(w2.shape)
 
 
 # dx and dgate have no elements where they are not wanted.

@@ -134,13 +134,22 @@ def _gradients_impl(
         grad, x, gate = grad.contiguous(), x.contiguous(), gate.contiguous()
         rows = None if rows is None else rows.contiguous()
         dx, dgate = _implementation(backend).router_gradients(grad, x, gate, rows, slot_to_row, wants_dx, wants_dgate)
+    return or_empty(dx, dgate, x, gate)
+
+
+def or_empty(dx: Tensor | None, dgate: Tensor | None, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """An op gives tensors only: without elements where they are not wanted."""
     return x.new_empty(0) if dx is None else dx, gate.new_empty(0) if dgate is None else dgate
 
 
-def _gradients_fake(
-    grad: Tensor, x: Tensor, gate: Tensor, rows: Any, slot_to_row: Any, wants_dx: bool, wants_dgate: bool, _: str
-) -> tuple[Tensor, Tensor]:
+def gradients_fake(x: Tensor, gate: Tensor, wants_dx: bool, wants_dgate: bool) -> tuple[Tensor, Tensor]:
+    """What `or_empty` gives, for torch.compile."""
     return x.new_empty(x.shape if wants_dx else (0,)), gate.new_empty(gate.shape if wants_dgate else (0,))
+
+
+def _gradients_fake(_grad: Tensor, x: Tensor, gate: Tensor, _rows: Any, _map: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    wants_dx, wants_dgate, _backend = rest
+    return gradients_fake(x, gate, wants_dx, wants_dgate)
 
 
 _router_gradients = define_op(
